@@ -1,0 +1,1 @@
+"""Command line: options to configuration, stage function, output, exit code."""

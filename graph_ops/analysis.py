@@ -1,0 +1,403 @@
+"""Channel groups: one forward pass over the graph that labels what can only be removed together.
+
+The state of a tensor is one label vector per prunable axis; an axis without a vector cannot be cut. Operators that
+compute across an axis end labels and start fresh ones, element-wise operators join them, operators that move data
+move them (one rule per operator family, see :mod:`.rules`). What no rule knows pins the labels that reach it, with the
+reason. Constants impose nothing: they take the labels of the tensors they meet and are sliced per use.
+
+A *unit* is a class of labels that go or stay together. A *group* is the units of producers that share any of them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .errors import ConfigError
+from .graph import Graph, Node
+from .labels import Labels, Vector
+from .probe import Probe, Shape
+from .registry import close_matches
+
+Axes = dict[int, Vector]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A static tensor at one use: which of its axes follow which labels."""
+
+    node: Node
+    input: int
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Producer:
+    """An output axis with fresh labels, and the weight axis that makes them (``None`` where none does)."""
+
+    node: Node
+    output: int
+    axis: int
+    labels: Vector
+    weight: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A sum over labelled positions: here labels end, masks are applied and consumers can be compensated.
+
+    Attributes:
+        sides: (input index, axis) of each data input that is summed over; two for a product of two activations.
+        weight: (input index, axis) of the static weight's contracted axis, if it has one.
+        out: (input index, axis) of the weight's output axis, if it has one.
+        groups: of a grouped convolution.
+        padded: whether zero padding makes the sum see fewer positions at the borders.
+        bias: input index of the bias, ``None`` when the operator has no such input.
+    """
+
+    node: Node
+    sides: tuple[tuple[int, int], ...]
+    labels: Vector
+    weight: tuple[int, int] | None = None
+    out: tuple[int, int] | None = None
+    groups: int = 1
+    padded: bool = False
+    bias: int | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of a node: ``scale`` times the number of kept positions of each factor."""
+
+    node: Node
+    scale: int
+    factors: tuple[Vector, ...]
+
+
+@dataclass(frozen=True)
+class Released:
+    """An input axis that statistics run across and that may be cut all the same."""
+
+    node: Node
+    axis: int
+    labels: Vector
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Labels that must stay, and why."""
+
+    labels: Vector
+    reason: str
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Units that share producers.
+
+    Attributes:
+        name: the first producing node.
+        nodes: all producing nodes, in order.
+        units: ids of the group's units, in the order of the first producer's channels.
+        pinned_by: reasons, without repetition, of the units that are pinned.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    units: np.ndarray
+    pinned_by: tuple[str, ...]
+
+
+@dataclass
+class Context:
+    """What the rules see and fill in during one pass."""
+
+    graph: Graph
+    probe: Probe
+    release_norms: bool = False
+    options: dict[tuple[str, int], int] = field(default_factory=dict)
+    labels: Labels = field(default_factory=Labels)
+    axes: dict[str, Axes] = field(default_factory=dict)
+    operands: list[Operand] = field(default_factory=list)
+    producers: list[Producer] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    works: list[Work] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    released: list[Released] = field(default_factory=list)
+    choices: dict[tuple[str, int], tuple[int, Vector]] = field(default_factory=dict)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor at the probed sizes; ``()`` for an absent optional input."""
+        return self.probe.shapes.get(name, ())
+
+    def static(self, name: str) -> bool:
+        """Whether the tensor does not depend on data and has a known value."""
+        return self.graph.is_static(name) and (name in self.graph.initializers or name in self.probe.values)
+
+    def varies(self, name: str) -> bool:
+        """Whether a static tensor follows a dynamic input size."""
+        return name in self.probe.varying
+
+    def value(self, name: str) -> np.ndarray | None:
+        """Value of a static tensor, ``None`` when it has none."""
+        if not self.static(name):
+            return None
+        if name in self.probe.values:
+            return self.probe.values[name]
+        return self.graph.constant(name)
+
+    def vectors(self, name: str) -> Axes:
+        """Label vectors of a tensor by axis (empty when nothing of it can be cut)."""
+        return self.axes.get(name, {})
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+    def set(self, name: str, axes: Axes) -> None:
+        """Give a tensor its vectors; axes of length 1 are never labelled."""
+        shape = self.shape(name)
+        kept = {a: v for a, v in axes.items() if a < len(shape) and shape[a] > 1 and len(v) == shape[a]}
+        if kept:
+            self.axes[name] = kept
+
+    def fresh(self, node: Node, axis: int, n: int, *, output: int = 0, weight: tuple[int, int] | None = None) -> Vector:
+        """Start ``n`` labels on an output axis."""
+        vector = self.labels.fresh(n)
+        self.produce(node, axis, vector, output=output, weight=weight)
+        return vector
+
+    def produce(self, node: Node, axis: int, vector: Vector, *, output: int = 0,
+                weight: tuple[int, int] | None = None) -> None:
+        """Record that ``node`` makes ``vector`` on an output axis."""
+        self.producers.append(Producer(node, output, axis, vector, weight))
+
+    def join(self, a: Vector, b: Vector) -> None:
+        """Positions of ``a`` and ``b`` go or stay together."""
+        self.labels.join(a, b)
+
+    def pin(self, vector: Vector, node: Node | str, reason: str) -> None:
+        """Labels that must stay because of ``node``."""
+        self.pins.append(Pin(vector, f"{node}: {reason}"))
+
+    def pin_inputs(self, node: Node, reason: str) -> None:
+        """Pin whatever reaches ``node``."""
+        for name in dict.fromkeys([*node.inputs, *sorted(node.captured)]):
+            for vector in self.vectors(name).values():
+                self.pin(vector, node, reason)
+
+    def pin_except(self, node: Node, name: str, keep: Sequence[int], reason: str) -> Axes:
+        """Pin all vectors of a tensor but those on the axes ``keep``; return the kept ones."""
+        kept: Axes = {}
+        for axis, vector in self.vectors(name).items():
+            if axis in keep:
+                kept[axis] = vector
+            else:
+                self.pin(vector, node, reason.format(axis=axis))
+        return kept
+
+    def operand(self, node: Node, index: int, axes: Axes) -> None:
+        """Let a static input follow labels; axes of length 1 broadcast and are left alone."""
+        name = node.inputs[index] if index < len(node.inputs) else ""
+        if not name:
+            return
+        shape = self.shape(name)
+        axes = {a: v for a, v in axes.items() if shape[a] == len(v) and shape[a] > 1}
+        if axes:
+            self.operands.append(Operand(node, index, axes))
+
+    def choose(self, node: Node, which: int, ranked: Sequence[int], vectors: dict[int, Vector]) -> int:
+        """Take one of several axes that could be cut; a later pass may take the next one.
+
+        Args:
+            node: where the choice is made.
+            which: number of the choice within the node.
+            ranked: candidate axes, best first.
+            vectors: the labels that each candidate would keep apart.
+        """
+        key = (node.name, which)
+        option = self.options.get(key, 0) % len(ranked)
+        self.choices[key] = (len(ranked), vectors[ranked[option]])
+        return ranked[option]
+
+
+@dataclass
+class Analysis:
+    """Everything that scoring, planning and cutting need to know about a graph.
+
+    Attributes:
+        axes: tensor name to {axis: unit ids of its positions}.
+        pinned: per unit, whether it must stay.
+        groups: channel groups in the order of their first producer.
+        group_of: per unit, its group's index.
+        vectors: every distinct vector of unit ids; each must keep one position at least.
+    """
+
+    graph: Graph
+    probe: Probe
+    axes: dict[str, Axes]
+    operands: list[Operand]
+    producers: list[Producer]
+    contractions: list[Contraction]
+    works: list[Work]
+    released: list[Released]
+    pinned: np.ndarray
+    groups: list[ChannelGroup]
+    group_of: np.ndarray
+
+    @property
+    def units(self) -> int:
+        """Number of removable units, pinned ones included."""
+        return len(self.pinned)
+
+    def value(self, name: str) -> np.ndarray | None:
+        """Value of a static tensor, ``None`` when it has none."""
+        if not self.graph.is_static(name):
+            return None
+        if name in self.probe.values:
+            return self.probe.values[name]
+        return self.graph.constant(name)
+
+    def vectors(self) -> list[Vector]:
+        """Return every distinct vector of units; each must keep at least one position."""
+        seen: dict[bytes, Vector] = {}
+        for axes in self.axes.values():
+            for vector in axes.values():
+                seen.setdefault(vector.tobytes(), vector)
+        return list(seen.values())
+
+
+def analyse(graph: Graph, probe: Probe, *, release_norms: bool = False, ignore: Sequence[str] = ()) -> Analysis:
+    """Find the channel groups of a graph.
+
+    Args:
+        graph: the model.
+        probe: shapes and static values from one run.
+        release_norms: let axes that a normalisation or mean runs across be cut (statistics then change).
+        ignore: globs of node names whose channels stay.
+
+    Raises:
+        ConfigError: a glob matches no node.
+    """
+    best, best_free = _pass(graph, probe, release_norms, {}, ignore), -1
+    best_free = _free(best)
+    options: dict[tuple[str, int], int] = {}
+    for _ in range(3):
+        dead = [key for key, (count, vector) in best.choices.items()
+                if count > 1 and options.get(key, 0) < count - 1 and _all_pinned(best, vector)]
+        if not dead:
+            break
+        options = {**options, **{key: options.get(key, 0) + 1 for key in dead}}
+        other = _pass(graph, probe, release_norms, options, ignore)
+        free = _free(other)
+        if free > best_free:
+            best, best_free = other, free
+    return _resolve(best)
+
+
+def _pass(graph: Graph, probe: Probe, release: bool, options: dict[tuple[str, int], int], ignore: Sequence[str]) -> Context:
+    from .rules import rule_for
+
+    ctx = Context(graph, probe, release, options)
+    for node in graph.nodes:
+        if not any(name in graph.dynamic for name in node.outputs):
+            continue
+        rule_for(node).propagate(node, ctx)
+        for name in node.captured:
+            for vector in ctx.vectors(name).values():
+                ctx.pin(vector, node, "its body reads the tensor")
+    for name in graph.outputs:
+        for vector in ctx.vectors(name).values():
+            ctx.pin(vector, f"graph output {name!r}", "its shape is the model's interface")
+    for glob in ignore:
+        hit = [node.name for node in graph.nodes if fnmatch.fnmatchcase(node.name, glob)]
+        if not hit:
+            raise ConfigError(f"--ignore {glob!r} matches no node.{close_matches(glob, [n.name for n in graph.nodes])}")
+        for producer in ctx.producers:
+            if producer.node.name in hit:
+                ctx.pin(producer.labels, producer.node, f"--ignore {glob}")
+    return ctx
+
+
+def _pinned_roots(ctx: Context) -> np.ndarray:
+    pinned = np.zeros(ctx.labels.count, bool)
+    for pin in ctx.pins:
+        pinned[ctx.labels.find(pin.labels)] = True
+    return pinned
+
+
+def _all_pinned(ctx: Context, vector: Vector) -> bool:
+    return bool(_pinned_roots(ctx)[ctx.labels.find(vector)].all())
+
+
+def _free(ctx: Context) -> int:
+    """Number of produced positions that are not pinned: what a choice of axes is judged by."""
+    pinned = _pinned_roots(ctx)
+    return sum(int((~pinned[ctx.labels.find(p.labels)]).sum()) for p in ctx.producers)
+
+
+def _resolve(ctx: Context) -> Analysis:
+    """Number the units, pin them, and gather them into groups."""
+    everything = [v for axes in ctx.axes.values() for v in axes.values()]
+    everything += [v for o in ctx.operands for v in o.axes.values()] + [p.labels for p in ctx.producers]
+    everything += [c.labels for c in ctx.contractions] + [v for w in ctx.works for v in w.factors]
+    used = np.unique(ctx.labels.find(np.concatenate(everything))) if everything else np.zeros(0, np.int64)
+    unit = np.full(ctx.labels.count, -1, np.int64)
+    unit[used] = np.arange(len(used))
+    cache: dict[int, Vector] = {}
+
+    def units(vector: Vector) -> Vector:
+        if id(vector) not in cache:
+            cache[id(vector)] = unit[ctx.labels.find(vector)]
+        return cache[id(vector)]
+
+    pinned = np.zeros(len(used), bool)
+    reasons: dict[int, list[str]] = {}
+    for pin in ctx.pins:
+        ids = units(pin.labels)
+        ids = ids[ids >= 0]
+        pinned[ids] = True
+        for i in set(ids.tolist()):
+            if pin.reason not in reasons.setdefault(i, []):
+                reasons[i].append(pin.reason)
+    # No loop over labels of replaced vectors may outlive ctx, so everything is rewritten in terms of units here.
+    producers = [Producer(p.node, p.output, p.axis, units(p.labels), p.weight) for p in ctx.producers]
+    groups, group_of = _groups(producers, len(used), reasons)
+    return Analysis(
+        graph=ctx.graph,
+        probe=ctx.probe,
+        axes={name: {a: units(v) for a, v in axes.items()} for name, axes in ctx.axes.items()},
+        operands=[Operand(o.node, o.input, {a: units(v) for a, v in o.axes.items()}) for o in ctx.operands],
+        producers=producers,
+        contractions=[Contraction(c.node, c.sides, units(c.labels), c.weight, c.out, c.groups, c.padded, c.bias)
+                      for c in ctx.contractions],
+        works=[Work(w.node, w.scale, tuple(units(v) for v in w.factors)) for w in ctx.works],
+        released=[Released(r.node, r.axis, units(r.labels)) for r in ctx.released],
+        pinned=pinned,
+        groups=groups,
+        group_of=group_of,
+    )
+
+
+def _groups(producers: list[Producer], count: int, reasons: dict[int, list[str]]) -> tuple[list[ChannelGroup], np.ndarray]:
+    """Units that appear in one producer belong to one group."""
+    forest = Labels()
+    forest.fresh(count)
+    for producer in producers:
+        forest.join(producer.labels[1:], producer.labels[:1])
+    root = forest.find(np.arange(count))
+    members: dict[int, list[Producer]] = {}
+    for producer in producers:
+        members.setdefault(int(root[producer.labels[0]]), []).append(producer)
+    groups: list[ChannelGroup] = []
+    group_of = np.full(count, -1, np.int64)
+    for makers in members.values():
+        every = np.concatenate([p.labels for p in makers])
+        _, first = np.unique(every, return_index=True)
+        ids = every[np.sort(first)]
+        group_of[ids] = len(groups)
+        names = tuple(dict.fromkeys(p.node.name for p in makers))
+        why = dict.fromkeys(reason for i in ids.tolist() for reason in reasons.get(i, ()))
+        groups.append(ChannelGroup(names[0], names, ids, tuple(why)))
+    return groups, group_of

@@ -1,0 +1,82 @@
+"""Output files appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import OutputError
+
+
+def check_output(path: str | Path, *, force: bool = False) -> Path:
+    """Refuse an output path before any work is done.
+
+    Raises:
+        OutputError: the path exists and ``force`` is false, is a folder, or its folder cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give a file name.")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already. Pass --force to overwrite it.")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {path}: {parent} is not a folder.")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {parent}.")
+    return path
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; move it there when the block ends well, remove it otherwise.
+
+    The temporary file lies in the same folder, so that the final step is an atomic rename.
+
+    Raises:
+        OutputError: the file cannot be written (disk full, no permission, ...).
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically, UTF-8.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_bytes(path, text.encode())

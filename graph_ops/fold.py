@@ -1,0 +1,84 @@
+"""Fold BatchNormalization into the Conv, ConvTranspose or Gemm before it.
+
+    y = (W x + b - mean) * s + beta,  s = scale / sqrt(var + epsilon)
+    W' = s * W,  b' = (b - mean) * s + beta        (s runs along the output channels)
+
+Exact in real arithmetic for any padding, because the normalisation comes after the sum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from . import surgeon
+
+
+def fold_batch_norm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    """Return a model with its foldable BatchNormalization nodes folded, and how many there were.
+
+    A BatchNormalization is foldable when the sum in front of it has no other reader and all parameters are constants.
+
+    Raises:
+        ModelError: the model holds tensor types that cannot be edited.
+    """
+    folded = 0
+
+    def change(graph: gs.Graph) -> None:
+        nonlocal folded
+        for node in list(graph.nodes):
+            if node.op == "BatchNormalization" and _fold(node, graph):
+                folded += 1
+
+    result = surgeon.edit(model, change)
+    return (result, folded) if folded else (model, 0)
+
+
+def _fold(norm: gs.Node, graph: gs.Graph) -> bool:
+    x = norm.inputs[0]
+    if len(x.inputs) != 1 or len(x.outputs) != 1 or any(x is out for out in graph.outputs):
+        return False
+    before = x.inputs[0]
+    if before.op not in ("Conv", "ConvTranspose", "Gemm") or norm.attrs.get("training_mode", 0):
+        return False
+    if before.op == "Gemm" and (before.attrs.get("alpha", 1.0) != 1.0 or before.attrs.get("beta", 1.0) != 1.0):
+        return False
+    parameters = [*norm.inputs[1:5], *before.inputs[1:]]
+    if not all(isinstance(p, gs.Constant) for p in parameters):
+        return False
+    weight = np.asarray(before.inputs[1].values)
+    scale, beta, mean, var = (np.asarray(p.values, np.float64) for p in norm.inputs[1:5])
+    factor = scale / np.sqrt(var + norm.attrs.get("epsilon", 1e-5))
+    bias = np.asarray(before.inputs[2].values, np.float64) if len(before.inputs) > 2 else 0.0
+    shift = (bias - mean) * factor + beta
+    new_weight = _scaled(before, weight.astype(np.float64), factor).astype(weight.dtype)
+    name = before.inputs[1].name
+    before.inputs = [before.inputs[0], gs.Constant(_free(graph, f"{name}_folded"), new_weight),
+                     gs.Constant(_free(graph, f"{name}_bias_folded"), shift.astype(weight.dtype))]
+    # The BN's output keeps its name: it may be a graph output or be read by name elsewhere.
+    out = norm.outputs[0]
+    norm.outputs.clear()
+    before.outputs = [out]
+    return True
+
+
+def _scaled(node: gs.Node, weight: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Multiply every output channel's weights by its factor."""
+    if node.op == "Gemm":
+        return weight * (factor[:, None] if node.attrs.get("transB", 0) else factor[None, :])
+    if node.op == "Conv":
+        return weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    # ConvTranspose: (in, out / group, *kernel); input row i belongs to group i // (in / group).
+    groups = node.attrs.get("group", 1)
+    per_row = factor.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)
+    return weight * per_row.reshape(*per_row.shape, *[1] * (weight.ndim - 2))
+
+
+def _free(graph: gs.Graph, wish: str) -> str:
+    taken = graph.tensors()
+    name, n = wish, 0
+    while name in taken:
+        n += 1
+        name = f"{wish}{n}"
+    return name

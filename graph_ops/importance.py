@@ -1,0 +1,128 @@
+"""Importance criteria: one score per unit, from the weights alone.
+
+A unit stands for coupled channels of several layers, so its score gathers all of them. Under ``--scope global`` scores
+of different groups are compared; criteria whose scale differs from layer to layer are divided by their group's mean
+first (as Torch-Pruning's group importance does), those that are comparable by design are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .analysis import Analysis
+from .errors import ConfigError
+from .registry import Registry
+
+Scores = np.ndarray
+"""float64 (units,); NaN where the criterion has nothing to say (such units are kept)."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named criterion.
+
+    Attributes:
+        name: as on the command line.
+        score: (analysis, random generator) to one score per unit, higher is more important.
+        comparable: whether scores of different groups are on one scale.
+    """
+
+    name: str
+    score: Callable[[Analysis, np.random.Generator], Scores]
+    comparable: bool
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        return self.score.__doc__ or ""
+
+
+CRITERIA: Registry[Criterion] = Registry("criterion")
+
+
+def criterion(name: str, *, comparable: bool = False) -> Callable[[Callable], Callable]:
+    """List a scoring function under ``name``."""
+
+    def add(score: Callable[[Analysis, np.random.Generator], Scores]) -> Callable:
+        CRITERIA.register(name)(Criterion(name, score, comparable))
+        return score
+
+    return add
+
+
+def importance(analysis: Analysis, name: str, *, scope: str = "global", seed: int = 0) -> Scores:
+    """Score every unit.
+
+    Args:
+        analysis: the graph's analysis.
+        name: a criterion's name.
+        scope: ``global`` makes scores comparable between groups.
+        seed: of the random criterion.
+
+    Raises:
+        ConfigError: unknown name, or the graph has nothing that the criterion could look at.
+    """
+    chosen = CRITERIA.get(name)
+    scores = chosen.score(analysis, np.random.default_rng(seed))
+    if scope == "global" and not chosen.comparable:
+        for group in analysis.groups:
+            known = scores[group.units]
+            mean = known[np.isfinite(known)].mean() if np.isfinite(known).any() else 0.0
+            if mean > 0:
+                scores[group.units] = known / mean
+    return scores
+
+
+def _gather(analysis: Analysis, norm: Callable[[np.ndarray], np.ndarray]) -> Scores:
+    """Sum a per-channel measure of the producing weights over all members of each unit."""
+    total = np.zeros(analysis.units)
+    seen = np.zeros(analysis.units, bool)
+    for producer in analysis.producers:
+        if producer.weight is None:
+            continue
+        index, axis = producer.weight
+        weight = analysis.value(producer.node.inputs[index])
+        if weight is None:
+            continue
+        rows = np.moveaxis(np.asarray(weight, np.float64), axis, 0).reshape(weight.shape[axis], -1)
+        per_channel = norm(rows)
+        # A grouped ConvTranspose stores one group's outputs on that axis: every group repeats them.
+        np.add.at(total, producer.labels, np.resize(per_channel, len(producer.labels)))
+        seen[producer.labels] = True
+    return np.where(seen, total, np.nan)
+
+
+@criterion("l1")
+def l1(analysis: Analysis, rng: np.random.Generator) -> Scores:
+    """Sum of absolute weights of the producing filters (Li et al. 2017)."""
+    return _gather(analysis, lambda rows: np.abs(rows).sum(1))
+
+
+@criterion("l2")
+def l2(analysis: Analysis, rng: np.random.Generator) -> Scores:
+    """Euclidean norm of the producing filters."""
+    return np.sqrt(_gather(analysis, lambda rows: np.square(rows).sum(1)))
+
+
+@criterion("bn-gamma", comparable=True)
+def bn_gamma(analysis: Analysis, rng: np.random.Generator) -> Scores:
+    """Absolute BatchNorm scale, ranked over the whole net (Network Slimming, Liu et al. 2017); needs BN in the graph."""
+    total = np.zeros(analysis.units)
+    seen = np.zeros(analysis.units, bool)
+    for operand in analysis.operands:
+        if operand.node.op_type == "BatchNormalization" and operand.input == 1:
+            scale = np.abs(np.asarray(analysis.value(operand.node.inputs[1]), np.float64))
+            np.add.at(total, operand.axes[0], scale)
+            seen[operand.axes[0]] = True
+    if not seen.any():
+        raise ConfigError("criterion 'bn-gamma' needs BatchNormalization nodes and the graph has none (exporters fold "
+                          "them into the convolutions). Export with BN kept, or use --criterion l2.")
+    return np.where(seen, total, np.nan)
+
+
+@criterion("random", comparable=True)
+def random(analysis: Analysis, rng: np.random.Generator) -> Scores:
+    """A random order, the control of every comparison; follows --seed."""
+    return rng.random(analysis.units)

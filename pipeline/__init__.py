@@ -1,0 +1,1 @@
+"""The stages as plain functions: configuration in, result out. Never prints."""

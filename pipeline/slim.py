@@ -1,0 +1,200 @@
+"""The ``slim`` stage: an ONNX file in, a smaller ONNX file and a report out.
+
+load -> probe -> analyse -> find constants -> plan -> carry constants -> cut -> verify -> write
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from prune_onnx.graph_ops import cost, model_io
+from prune_onnx.graph_ops import plan as planning
+from prune_onnx.graph_ops.analysis import Analysis, analyse
+from prune_onnx.graph_ops.constants import Constants
+from prune_onnx.graph_ops.cut import cut
+from prune_onnx.graph_ops.errors import OutputError, PlanError
+from prune_onnx.graph_ops.exact import Edits, carry, removable
+from prune_onnx.graph_ops.files import check_output, write_text
+from prune_onnx.graph_ops.fold import fold_batch_norm
+from prune_onnx.graph_ops.graph import Graph
+from prune_onnx.graph_ops.importance import CRITERIA, importance
+from prune_onnx.graph_ops.masked import masked_reference
+from prune_onnx.graph_ops.progress import SILENT, Progress
+
+from .environment import capture
+from .probing import Feeds, probe, random_feeds
+from .slim_schema import Cost, Group, Removed, SlimConfig, SlimResult, Verification
+from .verify import verify
+
+DEFAULT_CRITERION = "l2"
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """Which units stay, why, and what becomes of the constants of those that go."""
+
+    keep: np.ndarray
+    edits: Edits
+    exact: bool
+    criterion: str | None
+
+
+def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
+    """Remove channels from an ONNX file.
+
+    Args:
+        config: what to remove and where to write.
+        progress: told what is being done.
+
+    Returns:
+        The report; the files are written by then.
+
+    Raises:
+        ConfigError: an option that does not fit the model.
+        ModelError: the file cannot be read, is invalid or does not run.
+        PlanError: the budget cannot be reached, or the plan is another model's.
+        VerificationError: the result differs from its reference; nothing is written.
+        OutputError: an output exists or cannot be written.
+    """
+    started = time.perf_counter()
+    _check_paths(config)
+    if config.criterion is not None:
+        CRITERIA.get(config.criterion)
+    original = model_io.load(config.input)
+    graph = Graph(original)
+    progress.note(f"{config.input}: {len(graph.nodes)} nodes, opset {graph.opset}")
+    found, feeds, other_feeds = probe(graph, config.input_shape, config.seed)
+    analysis = analyse(graph, found, release_norms=config.norms == "release", ignore=config.ignore)
+    known = Constants(analysis)
+    decision = _decide(config, analysis, known)
+    result = cut(analysis, decision.keep, decision.edits)
+    notes = []
+    if config.fold_bn:
+        result, folded = fold_batch_norm(result)
+        notes.append(f"folded {folded} BatchNormalization nodes")
+    _stamp(result, original, config)
+    model_io.check(result, original)
+
+    every = [feeds, random_feeds(graph, input_shapes_of(feeds), config.seed + 1)]
+    every += [other_feeds] if other_feeds is not None else []
+    verification = _verify(original, analysis, decision, result, every)
+    external = model_io.uses_external_data(config.input)
+    smaller = Graph(result)
+    after = Cost(params=cost.params(smaller), macs=cost.macs(smaller, _shapes(smaller, config)), bytes=result.ByteSize())
+    if not config.dry_run and config.output is not None:
+        model_io.save(result, config.output, external=external)
+        after.bytes = _bytes_on_disk(config.output)
+    elif config.plan is not None:
+        write_text(config.plan, planning.to_json(analysis, decision.keep, _plan_facts(config, decision)) + "\n")
+    before = Cost(params=cost.params(graph), macs=cost.macs(graph, found.shapes), bytes=_bytes_on_disk(config.input))
+    report = _report(config, analysis, decision, before, after, verification, notes, started)
+    if config.report is not None:
+        report.write(config.report)
+    return report
+
+
+def input_shapes_of(feeds: Feeds) -> dict[str, tuple[int, ...]]:
+    """Shapes of a set of inputs."""
+    return {name: value.shape for name, value in feeds.items()}
+
+
+def _check_paths(config: SlimConfig) -> None:
+    if config.output is not None and not config.dry_run:
+        if config.output.resolve() == config.input.resolve():
+            raise OutputError(f"{config.output} is the input; an input file is never changed. Give another output.")
+        check_output(config.output, force=config.force)
+    if config.plan is not None and config.dry_run:
+        check_output(config.plan, force=config.force)
+    if config.report is not None:
+        check_output(config.report, force=config.force)
+
+
+def _decide(config: SlimConfig, analysis: Analysis, known: Constants) -> _Decision:
+    """Choose the units that stay: a replayed plan, exact removal, or exact removal and then a budget."""
+    base = ~removable(analysis, known)
+    name, fraction = config.budget
+    if config.plan is not None and not config.dry_run:
+        try:
+            text = config.plan.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan {config.plan} cannot be read: {error}.") from error
+        keep = planning.from_json(analysis, text, str(config.plan))
+        exact = not (base & ~keep).any()
+        return _Decision(keep, carry(analysis, known, keep), exact, None)
+    if fraction is None:
+        return _Decision(base, carry(analysis, known, base), True, None)
+    criterion = config.criterion or DEFAULT_CRITERION
+    scores = importance(analysis, criterion, scope=config.scope, seed=config.seed)
+    budget = planning.Budget(name, fraction, config.scope, config.align, config.min_keep)
+    keep = planning.Planner(analysis, scores, base, budget).solve()
+    exact = not (base & ~keep).any()
+    return _Decision(keep, carry(analysis, known, keep), exact, criterion)
+
+
+def _verify(original: onnx.ModelProto, analysis: Analysis, decision: _Decision, result: onnx.ModelProto,
+            feeds: list[Feeds]) -> Verification:
+    """Exact removal is held against the original itself, a lossy cut against the masked original."""
+    if decision.exact:
+        return verify(original, result, feeds, "original")
+    return verify(masked_reference(analysis, decision.keep, decision.edits), result, feeds, "masked")
+
+
+def _shapes(graph: Graph, config: SlimConfig) -> dict[str, tuple[int, ...]]:
+    return probe(graph, config.input_shape, config.seed)[0].shapes
+
+
+def _bytes_on_disk(path: Path) -> int:
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def _stamp(result: onnx.ModelProto, original: onnx.ModelProto, config: SlimConfig) -> None:
+    """Leave a line of provenance in the model: what was done, and to which model."""
+    entry = {"from_sha256": hashlib.sha256(original.SerializeToString(deterministic=True)).hexdigest()[:16],
+             "budget": config.budget[0], "fraction": config.budget[1], "criterion": config.criterion, "seed": config.seed}
+    history = []
+    for prop in result.metadata_props:
+        if prop.key == "prune_onnx.slim":
+            history = json.loads(prop.value)
+            prop.value = json.dumps([*history, entry])
+            return
+    result.metadata_props.add(key="prune_onnx.slim", value=json.dumps([entry]))
+
+
+def _plan_facts(config: SlimConfig, decision: _Decision) -> dict[str, object]:
+    return {"budget": config.budget[0], "fraction": config.budget[1], "criterion": decision.criterion,
+            "norms": config.norms, "ignore": list(config.ignore)}
+
+
+def _report(config: SlimConfig, analysis: Analysis, decision: _Decision, before: Cost, after: Cost,
+            verification: Verification, notes: list[str], started: float) -> SlimResult:
+    keep = decision.keep
+    groups = [Group(name=g.name, nodes=list(g.nodes), channels=len(g.units), kept=int(keep[g.units].sum()),
+                    pinned_by=list(g.pinned_by)) for g in analysis.groups]
+    channels = sum(int((~keep[p.labels]).sum()) for p in analysis.producers if p.weight is not None)
+    edits = decision.edits
+    if not any(g.channels > g.kept for g in groups):
+        notes.append("nothing was removed: no channel can go under these options")
+    return SlimResult(
+        seconds=round(time.perf_counter() - started, 3),
+        environment=capture(),
+        input=str(config.input),
+        output=None if config.dry_run else str(config.output),
+        dry_run=config.dry_run,
+        budget=config.budget[0] if config.plan is None or config.dry_run else "plan",
+        criterion=decision.criterion,
+        before=before,
+        after=after,
+        removed=Removed(channels=channels, groups=sum(g.channels > g.kept for g in groups)),
+        constants={"dropped": edits.dropped, "absorbed": edits.absorbed, "merged": edits.merged},
+        groups=groups,
+        verification=verification,
+        notes=notes,
+    )

@@ -1,0 +1,151 @@
+"""What the ``slim`` stage takes and what it gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .results import Model, StageResult
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+BUDGETS = ("exact", "keep_channels", "keep_macs", "keep_params")
+
+
+class SlimConfig(BaseModel):
+    """Options of ``prune-onnx slim``; field names are the flags' names with underscores.
+
+    Attributes:
+        input: the ONNX file to make smaller; never changed.
+        output: the ONNX file to write; not needed for a dry run.
+        exact: remove only channels whose removal leaves the output as it is (the default when no budget is given).
+        keep_channels: fraction of prunable channels that stays.
+        keep_macs: fraction of multiply-accumulates that stays.
+        keep_params: fraction of parameters that stays.
+        scope: ``global`` ranks the channels of all groups together; ``layer`` takes the same fraction of every group.
+        criterion: importance criterion, see ``--list-criteria``; ``None`` means l2.
+        align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, 1 is off.
+        min_keep: fraction of its channels that every group keeps at least.
+        norms: ``pin`` keeps an axis whole when a LayerNorm, GroupNorm or reduction runs across it; ``release`` cuts it.
+        ignore: globs of node names whose channels stay.
+        fold_bn: fold BatchNormalization into the Conv, ConvTranspose or Gemm before it.
+        input_shape: ``{input name: shape}`` for models whose dynamic sizes cannot be guessed.
+        plan: with ``dry_run``, where the plan is saved; otherwise the plan that is replayed.
+        dry_run: analyse and plan only; write no model.
+        report: where the JSON report is written.
+        seed: of the random criterion and of the inputs that verification runs on.
+        force: overwrite existing outputs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: Path
+    output: Path | None = None
+    exact: bool = False
+    keep_channels: Fraction | None = None
+    keep_macs: Fraction | None = None
+    keep_params: Fraction | None = None
+    scope: Literal["global", "layer"] = "global"
+    criterion: str | None = None
+    align: int | Literal["auto"] = "auto"
+    min_keep: Annotated[float, Field(ge=0, le=1)] = 0.1
+    norms: Literal["pin", "release"] = "pin"
+    ignore: tuple[str, ...] = ()
+    fold_bn: bool = False
+    input_shape: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    plan: Path | None = None
+    dry_run: bool = False
+    report: Path | None = None
+    seed: int = 0
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> SlimConfig:
+        given = [name for name in BUDGETS if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one budget")
+        if self.plan and not self.dry_run and given:
+            raise ValueError(f"plan replays a saved plan, so {given[0]} cannot be given with it")
+        if self.output is None and not self.dry_run:
+            raise ValueError("output is missing (only a dry run writes no file)")
+        if isinstance(self.align, int) and self.align < 1:
+            raise ValueError("align must be 1 or more")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float | None]:
+        """The budget's name and fraction; ``("exact", None)`` when none was given."""
+        for name in BUDGETS[1:]:
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return "exact", None
+
+
+class Cost(Model):
+    """Size of a model: MACs at its input shape with batch size 1, parameters, and bytes of the file."""
+
+    params: int
+    macs: int
+    bytes: int
+
+
+class Removed(Model):
+    """How much went: channels (positions of producing axes) and groups that lost at least one."""
+
+    channels: int
+    groups: int
+
+
+class Group(Model):
+    """One channel group: the channels that can only go together with their like in other tensors.
+
+    Attributes:
+        name: the first node that produces the group's channels.
+        nodes: all producing nodes.
+        channels: removable units of the group before the cut.
+        kept: units that stay.
+        pinned_by: why units may not go, one sentence each, naming node and operator.
+    """
+
+    name: str
+    nodes: list[str]
+    channels: int
+    kept: int
+    pinned_by: list[str]
+
+
+class Verification(Model):
+    """The run of the result against its reference in ONNX Runtime.
+
+    Attributes:
+        reference: ``original`` for exact removal, ``masked`` for a lossy cut.
+        max_abs_diff: largest absolute difference over all outputs.
+        max_rel_diff: the same divided by the largest absolute value of that output of the reference.
+        tolerance: what ``max_rel_diff`` may be at most.
+        passed: always true in a written report: a failure writes no file.
+    """
+
+    reference: Literal["original", "masked"]
+    max_abs_diff: float
+    max_rel_diff: float
+    tolerance: float
+    passed: bool
+
+
+class SlimResult(StageResult):
+    """Result of ``slim``; ``after`` of a dry run is what the plan predicts (bytes are then an estimate)."""
+
+    command: str = "slim"
+    input: str
+    output: str | None
+    dry_run: bool
+    budget: str
+    criterion: str | None
+    before: Cost
+    after: Cost
+    removed: Removed
+    constants: dict[str, int]
+    groups: list[Group]
+    verification: Verification | None
+    notes: list[str]
