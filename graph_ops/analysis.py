@@ -87,6 +87,21 @@ class Released:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """A reader that may drop positions which other readers of the same tensor keep, through a Gather.
+
+    Attributes:
+        source: labels of the tensor that is read; a source goes only when everything that reads it dropped it.
+        labels: fresh labels of what the node keeps, position by position.
+    """
+
+    node: Node
+    axis: int
+    source: Vector
+    labels: Vector
+
+
+@dataclass(frozen=True)
 class Pin:
     """Labels that must stay, and why."""
 
@@ -118,6 +133,7 @@ class Context:
     graph: Graph
     probe: Probe
     release_norms: bool = False
+    select_inputs: bool = False
     options: dict[tuple[str, int], int] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     axes: dict[str, Axes] = field(default_factory=dict)
@@ -127,6 +143,7 @@ class Context:
     works: list[Work] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     released: list[Released] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
     choices: dict[tuple[str, int], tuple[int, Vector]] = field(default_factory=dict)
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -172,6 +189,12 @@ class Context:
                 weight: tuple[int, int] | None = None) -> None:
         """Record that ``node`` makes ``vector`` on an output axis."""
         self.producers.append(Producer(node, output, axis, vector, weight))
+
+    def fork(self, node: Node, axis: int, source: Vector) -> Vector:
+        """Let ``node`` keep fewer positions of its first input than others do; return the labels of what it keeps."""
+        vector = self.fresh(node, axis, len(source))
+        self.forks.append(Fork(node, axis, source, vector))
+        return vector
 
     def join(self, a: Vector, b: Vector) -> None:
         """Positions of ``a`` and ``b`` go or stay together."""
@@ -242,9 +265,23 @@ class Analysis:
     contractions: list[Contraction]
     works: list[Work]
     released: list[Released]
+    forks: list[Fork]
     pinned: np.ndarray
     groups: list[ChannelGroup]
     group_of: np.ndarray
+
+    def drop_unread(self, keep: np.ndarray) -> np.ndarray:
+        """Return ``keep`` without the sources that only forks read and that all of these dropped."""
+        if not self.forks:
+            return keep
+        only_forks = np.zeros(self.units, bool)
+        needed = self.pinned.copy()
+        for fork in self.forks:
+            only_forks[fork.source] = True
+            needed[fork.source[keep[fork.labels]]] = True
+        for contraction in self.contractions:
+            needed[contraction.labels] = True
+        return keep & (needed | ~only_forks)
 
     @property
     def units(self) -> int:
@@ -268,19 +305,22 @@ class Analysis:
         return list(seen.values())
 
 
-def analyse(graph: Graph, probe: Probe, *, release_norms: bool = False, ignore: Sequence[str] = ()) -> Analysis:
+def analyse(graph: Graph, probe: Probe, *, release_norms: bool = False, select_inputs: bool = False,
+            ignore: Sequence[str] = ()) -> Analysis:
     """Find the channel groups of a graph.
 
     Args:
         graph: the model.
         probe: shapes and static values from one run.
         release_norms: let axes that a normalisation or mean runs across be cut (statistics then change).
+        select_inputs: let a BatchNormalization that shares its input with other readers (pre-activation and dense
+            nets) drop channels of its own, through a Gather.
         ignore: globs of node names whose channels stay.
 
     Raises:
         ConfigError: a glob matches no node.
     """
-    best, best_free = _pass(graph, probe, release_norms, {}, ignore), -1
+    best = _pass(Context(graph, probe, release_norms, select_inputs), ignore)
     best_free = _free(best)
     options: dict[tuple[str, int], int] = {}
     for _ in range(3):
@@ -289,17 +329,18 @@ def analyse(graph: Graph, probe: Probe, *, release_norms: bool = False, ignore: 
         if not dead:
             break
         options = {**options, **{key: options.get(key, 0) + 1 for key in dead}}
-        other = _pass(graph, probe, release_norms, options, ignore)
+        other = _pass(Context(graph, probe, release_norms, select_inputs, options), ignore)
         free = _free(other)
         if free > best_free:
             best, best_free = other, free
     return _resolve(best)
 
 
-def _pass(graph: Graph, probe: Probe, release: bool, options: dict[tuple[str, int], int], ignore: Sequence[str]) -> Context:
+def _pass(ctx: Context, ignore: Sequence[str]) -> Context:
+    """Run every rule once, in topological order."""
     from .rules import rule_for
 
-    ctx = Context(graph, probe, release, options)
+    graph = ctx.graph
     for node in graph.nodes:
         if not any(name in graph.dynamic for name in node.outputs):
             continue
@@ -341,6 +382,7 @@ def _resolve(ctx: Context) -> Analysis:
     """Number the units, pin them, and gather them into groups."""
     everything = [v for axes in ctx.axes.values() for v in axes.values()]
     everything += [v for o in ctx.operands for v in o.axes.values()] + [p.labels for p in ctx.producers]
+    everything += [f.source for f in ctx.forks]
     everything += [c.labels for c in ctx.contractions] + [v for w in ctx.works for v in w.factors]
     used = np.unique(ctx.labels.find(np.concatenate(everything))) if everything else np.zeros(0, np.int64)
     unit = np.full(ctx.labels.count, -1, np.int64)
@@ -374,6 +416,7 @@ def _resolve(ctx: Context) -> Analysis:
                       for c in ctx.contractions],
         works=[Work(w.node, w.scale, tuple(units(v) for v in w.factors)) for w in ctx.works],
         released=[Released(r.node, r.axis, units(r.labels)) for r in ctx.released],
+        forks=[Fork(f.node, f.axis, units(f.source), units(f.labels)) for f in ctx.forks],
         pinned=pinned,
         groups=groups,
         group_of=group_of,

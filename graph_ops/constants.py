@@ -72,6 +72,9 @@ class Constants:
                 constant = self.zeros(name, axis) if only_zeros else self.flags(name, axis)
                 seen[vector] = True
                 live[vector[~constant]] = True
+        for fork in self.analysis.forks:
+            if fork.node is node:
+                seen[fork.labels], live[fork.labels] = seen[fork.source], live[fork.source]
         for out in node.outputs:
             for axis, vector in self.axes(out).items():
                 self.set(out, axis, seen[vector] & ~live[vector])

@@ -30,6 +30,8 @@ def macs(graph: Graph, shapes: Mapping[str, Shape]) -> int:
     total = 0
     for node in graph.nodes:
         op = node.op_type
+        if all(graph.is_static(out) for out in node.outputs):
+            continue  # computed once, when the session is made
         if op in ("Conv", "FusedConv", "ConvInteger", "QLinearConv"):
             weight = shapes[node.inputs[3 if op == "QLinearConv" else 1]]
             total += product(shapes[node.outputs[0]]) * product(weight[1:])

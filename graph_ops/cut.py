@@ -57,6 +57,7 @@ class Cut:
         self._front: list[onnx.NodeProto] = []
         self._new: dict[str, onnx.TensorProto] = {}
         self._made: dict[tuple[str, Index], str] = {}
+        self._bypassed: dict[str, str] = {}
         self._operands: dict[tuple[int, int], Operand] = {(o.node.index, o.input): o for o in analysis.operands}
         self._names = set(self.graph.producer) | set(self.graph.initializers) | {i.name for i in self.graph.inputs}
 
@@ -189,6 +190,18 @@ class Cut:
 
     def _changed(self, name: str) -> bool:
         return any(self.kept(name, a) is not None for a in self.analysis.axes.get(name, {}))
+
+    def bypass(self, node: Node, index: int = 0) -> None:
+        """Let the readers of a node that does nothing any more read one of its inputs instead."""
+        out = node.outputs[0]
+        source = self._protos.get(node.index, node.proto).input[index]
+        if out not in self.graph.outputs and out not in self.graph.captured:
+            self._bypassed[out] = source
+        else:
+            proto = self.proto(node)
+            proto.op_type = "Identity"
+            del proto.input[:], proto.attribute[:]
+            proto.input.append(source)
 
     def _patch(self, node: Node, index: int, target: list[int | None]) -> None:
         """Overwrite single entries of a size operand that stays live because other entries follow dynamic sizes."""
@@ -328,6 +341,10 @@ class Cut:
             touched = any(self._changed(name) for name in [*node.inputs, *node.outputs])
             if touched and not all(self.graph.is_static(out) for out in node.outputs):
                 rule_for(node).rewrite(node, self)
+        for fork in self.analysis.forks:
+            source, kept = self._kept(fork.source), self._kept(fork.labels)
+            if fork.node.op_type != "Gather" and not np.array_equal(source, kept):
+                self.gather_first(fork.node, fork.axis, np.searchsorted(source, kept))
         self._slice_operands()
         for n, shift in self.edits.shifts.items():
             self._add_shift(self.graph.nodes[n], shift)
@@ -337,7 +354,24 @@ class Cut:
             nodes += self._before.get(node.index, [])
             nodes.append(self._protos.get(node.index, node.proto))
             nodes += self._after.get(node.index, [])
-        return self._assemble(nodes)
+        return self._assemble(self._rewired(nodes))
+
+    def _rewired(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """Let readers of bypassed nodes read what those read."""
+        if not self._bypassed:
+            return nodes
+        result = []
+        for node in nodes:
+            if any(name in self._bypassed for name in node.input):
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                for i, name in enumerate(copy.input):
+                    while name in self._bypassed:
+                        name = self._bypassed[name]
+                    copy.input[i] = name
+                node = copy
+            result.append(node)
+        return result
 
     def _add_shift(self, node: Node, shift: np.ndarray) -> None:
         """Add a vector to the last axis of a node's output, which has no bias input."""

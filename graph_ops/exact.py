@@ -160,6 +160,8 @@ def _fixed_point(analysis: Analysis, known: Constants, sums: list[_Sum], others:
         for s in sums:
             needed = s.read(~remove) & ~s.constant
             stay[s.contraction.labels[needed]] = True
+        for fork in analysis.forks:
+            stay[fork.source[~remove[fork.labels]]] = True
         if np.array_equal(remove, ~stay):
             return remove
         remove = ~stay

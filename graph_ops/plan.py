@@ -67,7 +67,10 @@ class Planner:
             "keep_macs": model.macs, "keep_params": model.params, "keep_channels": model.channels}[budget.name]
         self.full = self.cost(np.ones(analysis.units, bool))
         self.vectors = [v for v in analysis.vectors() if not analysis.pinned[v].any()]
-        self.scores = scores
+        self.scores = scores.copy()
+        for fork in analysis.forks:  # a shared stream's channel goes when all of its readers dropped it, not before
+            self.scores[fork.source] = np.nan
+        scores = self.scores
         self.orders: list[np.ndarray] = []  # per group: removable units, most important first
         self.floors: list[int] = []  # per group: how many of them stay at least
         self.steps: list[int] = []
@@ -104,6 +107,7 @@ class Planner:
         keep = self.base.copy()
         for order, count in zip(self.orders, counts, strict=True):
             keep[order[count:]] = False
+        keep = self.analysis.drop_unread(keep)
         for vector in self.vectors:
             if not keep[vector].any():
                 alive = vector[self.base[vector]]

@@ -17,6 +17,7 @@ import onnx
 from prune_onnx.graph_ops import cost, model_io
 from prune_onnx.graph_ops import plan as planning
 from prune_onnx.graph_ops.analysis import Analysis, analyse
+from prune_onnx.graph_ops.branches import fold_constant_branches
 from prune_onnx.graph_ops.constants import Constants
 from prune_onnx.graph_ops.cut import cut
 from prune_onnx.graph_ops.errors import OutputError, PlanError
@@ -26,6 +27,7 @@ from prune_onnx.graph_ops.fold import fold_batch_norm
 from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.graph_ops.importance import CRITERIA, importance
 from prune_onnx.graph_ops.masked import masked_reference
+from prune_onnx.graph_ops.probe import Probe
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
 from .environment import capture
@@ -71,8 +73,10 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     graph = Graph(original)
     progress.note(f"{config.input}: {len(graph.nodes)} nodes, opset {graph.opset}")
     found, feeds, other_feeds = probe(graph, config.input_shape, config.seed)
-    analysis = analyse(graph, found, release_norms=config.norms == "release", ignore=config.ignore)
-    known = Constants(analysis)
+    before = Cost(params=cost.params(graph), macs=cost.macs(graph, found.shapes), bytes=_bytes_on_disk(config.input))
+    every = [feeds, random_feeds(graph, {name: value.shape for name, value in feeds.items()}, config.seed + 1)]
+    every += [other_feeds] if other_feeds is not None else []
+    analysis, known, simpler = _understand(config, graph, found)
     decision = _decide(config, analysis, known)
     result = cut(analysis, decision.keep, decision.edits)
     notes = []
@@ -82,8 +86,9 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     _stamp(result, original, config)
     model_io.check(result, original)
 
-    every = [feeds, random_feeds(graph, input_shapes_of(feeds), config.seed + 1)]
-    every += [other_feeds] if other_feeds is not None else []
+    if simpler is not None:
+        notes.append("replaced branches that are constant")
+        verify(original, simpler, every, "original")
     verification = _verify(original, analysis, decision, result, every)
     external = model_io.uses_external_data(config.input)
     smaller = Graph(result)
@@ -93,16 +98,28 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
         after.bytes = _bytes_on_disk(config.output)
     elif config.plan is not None:
         write_text(config.plan, planning.to_json(analysis, decision.keep, _plan_facts(config, decision)) + "\n")
-    before = Cost(params=cost.params(graph), macs=cost.macs(graph, found.shapes), bytes=_bytes_on_disk(config.input))
     report = _report(config, analysis, decision, before, after, verification, notes, started)
     if config.report is not None:
         report.write(config.report)
     return report
 
 
-def input_shapes_of(feeds: Feeds) -> dict[str, tuple[int, ...]]:
-    """Shapes of a set of inputs."""
-    return {name: value.shape for name, value in feeds.items()}
+def _understand(config: SlimConfig, graph: Graph, found: Probe) -> tuple[Analysis, Constants, onnx.ModelProto | None]:
+    """Analyse the graph; where branches turn out to be constant, replace them and look again.
+
+    Returns:
+        The analysis, its constants, and the model without the constant branches (``None`` when there was none).
+    """
+    simpler = None
+    while True:
+        analysis = analyse(graph, found, release_norms=config.norms == "release",
+                           select_inputs=config.select_inputs, ignore=config.ignore)
+        known = Constants(analysis)
+        folded = fold_constant_branches(analysis, known)
+        if folded is None:
+            return analysis, known, simpler
+        simpler, graph = folded, Graph(folded)
+        found = probe(graph, config.input_shape, config.seed)[0]
 
 
 def _check_paths(config: SlimConfig) -> None:

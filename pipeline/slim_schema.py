@@ -28,6 +28,7 @@ class SlimConfig(BaseModel):
         align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, 1 is off.
         min_keep: fraction of its channels that every group keeps at least.
         norms: ``pin`` keeps an axis whole when a LayerNorm, GroupNorm or reduction runs across it; ``release`` cuts it.
+        select_inputs: prune pre-activation and dense nets per consumer, through a Gather in front of the BatchNormalization.
         ignore: globs of node names whose channels stay.
         fold_bn: fold BatchNormalization into the Conv, ConvTranspose or Gemm before it.
         input_shape: ``{input name: shape}`` for models whose dynamic sizes cannot be guessed.
@@ -51,6 +52,7 @@ class SlimConfig(BaseModel):
     align: int | Literal["auto"] = "auto"
     min_keep: Annotated[float, Field(ge=0, le=1)] = 0.1
     norms: Literal["pin", "release"] = "pin"
+    select_inputs: bool = False
     ignore: tuple[str, ...] = ()
     fold_bn: bool = False
     input_shape: dict[str, tuple[int, ...]] = Field(default_factory=dict)

@@ -221,6 +221,9 @@ class Gather(Move):
         ctx.set(node.outputs[0], result)
 
     def _pick(self, node: Node, ctx: Context, grid: np.ndarray, axis: int, result: dict[int, Vector]) -> None:
+        if ctx.select_inputs and grid.ndim == 1:
+            result[axis] = ctx.fork(node, axis, grid)
+            return
         varying = varying_axes(ctx.labels.find(grid))
         if not varying:
             ctx.pin(grid.reshape(-1), node, "all positions are one unit")
@@ -232,15 +235,20 @@ class Gather(Move):
     def rewrite(self, node: Node, cut: Cut) -> None:
         data, indices = node.inputs[0], node.inputs[1]
         axis = node.attribute("axis", 0) % len(cut.shape(data))
-        kept = cut.kept(data, axis)
-        if kept is None or not cut.graph.is_static(indices):
+        vector = cut.analysis.axes.get(data, {}).get(axis)
+        if vector is None or not cut.graph.is_static(indices):
             return
-        index = cut.value(indices) % len(cut.analysis.axes[data][axis])
+        kept = np.flatnonzero(cut.keep[vector])
+        index = cut.value(indices) % len(vector)
         for a in range(index.ndim):
             positions = cut.kept(node.outputs[0], axis + a)
             if positions is not None:
                 index = index.take(positions, a)
-        cut.feed(node, 1, np.searchsorted(kept, index).astype(np.int64))
+        index = np.searchsorted(kept, index).astype(np.int64)
+        if np.array_equal(index, np.arange(len(kept))):
+            cut.bypass(node)
+        else:
+            cut.feed(node, 1, index)
 
 
 @rule("Pad")

@@ -38,12 +38,20 @@ class BatchNorm(Rule):
     def propagate(self, node: Node, ctx: Context) -> None:
         x = node.inputs[0]
         axes = dict(ctx.vectors(x))
+        if 1 in axes and ctx.select_inputs and self._shares(x, ctx):
+            axes[1] = ctx.fork(node, 1, axes[1])
         if 1 in axes:
             for i in range(1, 5):
                 ctx.operand(node, i, {0: axes[1]})
         if len([out for out in node.outputs if out]) > 1 and node.attribute("training_mode", 0):
             ctx.pin_inputs(node, "it is in training mode")
         ctx.set(node.outputs[0], axes)
+
+    def _shares(self, x: str, ctx: Context) -> bool:
+        """Whether the channels that it reads are not its own: other readers, or a stream that others add to."""
+        producer = ctx.graph.producer.get(x)
+        own = producer is not None and producer.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+        return not own or len(ctx.graph.readers[x]) > 1 or x in ctx.graph.outputs
 
     def constants(self, node: Node, known: Constants) -> None:
         """A zero scale leaves the constant bias, whatever comes in."""
