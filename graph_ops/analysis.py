@@ -187,8 +187,9 @@ class Context:
 
     def produce(self, node: Node, axis: int, vector: Vector, *, output: int = 0,
                 weight: tuple[int, int] | None = None) -> None:
-        """Record that ``node`` makes ``vector`` on an output axis."""
-        self.producers.append(Producer(node, output, axis, vector, weight))
+        """Record that ``node`` makes ``vector`` on an output axis; an axis of length 1 has nothing to cut."""
+        if self.shape(node.outputs[output])[axis] > 1:
+            self.producers.append(Producer(node, output, axis, vector, weight))
 
     def fork(self, node: Node, axis: int, source: Vector) -> Vector:
         """Let ``node`` keep fewer positions of its first input than others do; return the labels of what it keeps."""

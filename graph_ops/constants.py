@@ -7,6 +7,8 @@ analysis only says *which* channels are constant; their value is read from the p
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .analysis import Analysis, Axes
@@ -21,12 +23,14 @@ class Constants:
 
     Attributes:
         varying: names of static tensors that follow a dynamic size (their values are not constants).
+        memo: what :mod:`.exact` worked out about the graph's sums.
     """
 
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
         self.graph = analysis.graph
         self.varying = analysis.probe.varying
+        self.memo: Any = None
         self._flags: dict[tuple[str, int], np.ndarray] = {}
         for node in self.graph.nodes:
             if any(out in analysis.axes for out in node.outputs):

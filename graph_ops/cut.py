@@ -18,6 +18,7 @@ from .analysis import Analysis, Operand
 from .errors import ModelError, PlanError
 from .exact import Edits
 from .graph import SHAPE_OPS, Node, captured_names
+from .model_io import copy_fields
 from .probe import Shape
 from .rules import rule_for
 
@@ -392,21 +393,9 @@ class Cut:
         nodes = live_nodes(nodes, self.graph.outputs)
         used = _used_names(nodes) | set(self.graph.outputs)
         result = onnx.ModelProto()
-        # Everything but the tensors is copied; the weights are copied once, below.
-        for descriptor, value in source.ListFields():
-            if descriptor.name == "graph":
-                continue
-            if descriptor.is_repeated:
-                getattr(result, descriptor.name).extend(value)
-            else:
-                setattr(result, descriptor.name, value)
-        for descriptor, value in source.graph.ListFields():
-            if descriptor.name in ("node", "initializer", "value_info"):
-                continue
-            if descriptor.is_repeated:
-                getattr(result.graph, descriptor.name).extend(value)
-            else:
-                setattr(result.graph, descriptor.name, value)
+        # Everything but the tensors is copied here; the weights once, below.
+        copy_fields(source, result, leave_out=("graph",))
+        copy_fields(source.graph, result.graph, leave_out=("node", "initializer", "value_info"))
         result.graph.node.extend(nodes)
         have = set()
         for tensor in source.graph.initializer:

@@ -97,7 +97,9 @@ class _Sum:
 
 
 def _sums(analysis: Analysis, known: Constants) -> tuple[list[_Sum], list[Contraction]]:
-    """Contractions with a usable static weight, and the others."""
+    """Contractions with a usable static weight, and the others; looked at once per analysis."""
+    if known.memo is not None:
+        return known.memo
     sums, others = [], []
     for contraction in analysis.contractions:
         name = contraction.node.inputs[contraction.weight[0]] if contraction.weight else ""
@@ -115,7 +117,8 @@ def _sums(analysis: Analysis, known: Constants) -> tuple[list[_Sum], list[Contra
             if vector is not None and len(vector) == grid.shape[0] * grid.shape[1]:
                 out_units = vector.reshape(grid.shape[:2])
         sums.append(_Sum(contraction, (grid != 0).any(3), out_units, constant, value))
-    return sums, others
+    known.memo = (sums, others)
+    return known.memo
 
 
 def _is_plain(contraction: Contraction, weight: np.ndarray | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,13 +130,45 @@ class Graph:
         return constant_node_value(node.proto)
 
 
+def external_position(tensor: onnx.TensorProto) -> tuple[str, int, int] | None:
+    """(file, offset, length) of a tensor that is stored outside the model, ``None`` for one inside it."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    entry = {e.key: e.value for e in tensor.external_data}
+    return entry.get("location", ""), int(entry.get("offset", 0)), int(entry.get("length", -1))
+
+
+def raw_bytes(tensor: onnx.TensorProto) -> bytes | np.ndarray:
+    """A tensor's bytes as the file format stores them; external ones are mapped, not read."""
+    position = external_position(tensor)
+    if position is not None:
+        file, offset, length = position
+        status = os.stat(file)
+        return _mapped(file, status.st_mtime_ns, status.st_size)[offset : offset + length]
+    return tensor.raw_data
+
+
+@functools.lru_cache(maxsize=4)
+def _mapped(file: str, changed_ns: int, size: int) -> np.ndarray:
+    """A file's bytes, mapped read-only; the other arguments tell versions of the file apart."""
+    return np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
+
+
 def tensor_value(tensor: onnx.TensorProto) -> np.ndarray:
-    """Return a tensor's value.
+    """Return a tensor's value; that of an external one is mapped into memory, read-only.
 
     Raises:
         ModelError: its data does not fit its shape.
     """
+    position = external_position(tensor)
     try:
+        if position is not None:
+            stored = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=b"")
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            if dtype.itemsize * int(np.prod(tensor.dims)) == position[2]:
+                return np.asarray(raw_bytes(tensor)).view(dtype).reshape(tuple(tensor.dims))
+            stored.raw_data = bytes(raw_bytes(tensor))
+            return numpy_helper.to_array(stored)
         return numpy_helper.to_array(tensor)
     except (ValueError, TypeError, OSError) as error:
         raise ModelError(f"initializer {tensor.name!r} cannot be read: {error}.") from error

@@ -86,12 +86,20 @@ def _gather(analysis: Analysis, norm: Callable[[np.ndarray], np.ndarray]) -> Sco
         weight = analysis.value(producer.node.inputs[index])
         if weight is None:
             continue
-        rows = np.moveaxis(np.asarray(weight, np.float64), axis, 0).reshape(weight.shape[axis], -1)
-        per_channel = norm(rows)
+        per_channel = _by_channel(weight, axis, norm)
         # A grouped ConvTranspose stores one group's outputs on that axis: every group repeats them.
         np.add.at(total, producer.labels, np.resize(per_channel, len(producer.labels)))
         seen[producer.labels] = True
     return np.where(seen, total, np.nan)
+
+
+def _by_channel(weight: np.ndarray, axis: int, norm: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Apply a norm to every slice of ``axis`` in float64, a few at a time: a large layer never exists twice."""
+    rows = np.moveaxis(weight, axis, 0)
+    step = max(1, 2**20 // max(1, weight.size // len(rows)))
+    parts = [norm(np.asarray(rows[i:i + step], np.float64).reshape(len(rows[i:i + step]), -1))
+             for i in range(0, len(rows), step)]
+    return np.concatenate(parts)
 
 
 @criterion("l1")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import checker, external_data_helper, inliner, shape_inference
 
 from .errors import ModelError, OutputError
 from .files import atomic_write
-from .graph import subgraphs
+from . import wire
+from .graph import external_position, raw_bytes, subgraphs
 
+_T = onnx.TensorProto
+PACKED_TYPES = frozenset(getattr(_T, name) for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2") if hasattr(_T, name))
+FEEDABLE_TYPES = frozenset({_T.FLOAT, _T.DOUBLE, _T.FLOAT16, _T.INT8, _T.UINT8, _T.INT32})
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 PROTOBUF_LIMIT = 2**31 - 2**20
 
@@ -26,7 +31,7 @@ def load(source: str | Path | onnx.ModelProto | object) -> onnx.ModelProto:
         source: a path, a ModelProto, or an ``onnx_graphsurgeon.Graph``.
 
     Returns:
-        A ModelProto of its own (the source is not changed), external data read in.
+        A ModelProto of its own (the source is not changed). External weights stay in their file, noted by full path.
 
     Raises:
         ModelError: missing, truncated, not ONNX, invalid, or with operators of a domain that nobody defines.
@@ -48,9 +53,10 @@ def load(source: str | Path | onnx.ModelProto | object) -> onnx.ModelProto:
     if foreign:
         raise ModelError(f"{where} uses custom operators that ONNX Runtime does not know: {', '.join(foreign)}. "
                          "Replace them, or put them behind a model boundary.")
+    for tensor in model.graph.initializer:
+        _check_tensor(tensor, where)
     try:
-        if model.ByteSize() < PROTOBUF_LIMIT:
-            checker.check_model(model)
+        checker.check_model(split_weights(model)[0])
     except (checker.ValidationError, ValueError) as error:
         raise ModelError(f"{where} is not a valid ONNX model: {first_line(error)}.") from error
     if model.functions:
@@ -65,24 +71,111 @@ def _read(path: Path) -> onnx.ModelProto:
             raise ModelError(f"{path} is a folder, not an ONNX file.")
         if size == 0:
             raise ModelError(f"{path} is empty.")
-        model = onnx.load(path, load_external_data=False)
+        model = wire.read_model(path)
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist.") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (DecodeError, RuntimeError, ValueError) as error:
+    except (DecodeError, ValueError) as error:
         raise ModelError(f"{path} is not an ONNX file, or is truncated ({size} bytes).") from error
-    try:
-        external_data_helper.load_external_data_for_model(model, str(path.parent))
-    except (OSError, ValueError, checker.ValidationError, RuntimeError) as error:
-        raise ModelError(f"{path}: its external data cannot be read: {first_line(error)}.") from error
+    _locate_external_data(model, path)
     return model
+
+
+def _locate_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Check where external weights lie and note the full path; they are mapped into memory only when they are read."""
+    own = {id(t) for t in model.graph.initializer}
+    in_model = str(path.resolve())
+    for tensor in external_data_helper._get_all_tensors(model):
+        if not external_data_helper.uses_external_data(tensor) or external_position(tensor)[0] == in_model:
+            continue
+        entry = {e.key: e.value for e in tensor.external_data}
+        location = Path(entry.get("location", ""))
+        file = (path.parent / location).resolve()
+        folder = path.parent.resolve()
+        if location.is_absolute() or ".." in location.parts or not file.is_relative_to(folder) or not location.parts:
+            raise ModelError(f"{path}: tensor {tensor.name!r} points outside the model's folder ({location}).")
+        if not file.is_file():
+            raise ModelError(f"{path}: tensor {tensor.name!r} is stored in {location}, which does not exist.")
+        try:
+            offset = int(entry.get("offset", 0))
+            length = int(entry.get("length", file.stat().st_size - offset))
+        except ValueError:
+            raise ModelError(f"{path}: tensor {tensor.name!r} has an external position that is no number.") from None
+        if offset < 0 or length < 0 or offset + length > file.stat().st_size:
+            raise ModelError(f"{path}: tensor {tensor.name!r} needs bytes {offset} to {offset + length} of {location}, "
+                             f"which has {file.stat().st_size}.")
+        if id(tensor) in own:
+            wire.refer(tensor, str(file), offset, length)
+        else:  # inside a node's attribute or body: few and small
+            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+
+
+def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
+    """Refuse a tensor whose data does not fill its shape, before anything is allocated for it."""
+    if any(d < 0 for d in tensor.dims):
+        raise ModelError(f"{where}: initializer {tensor.name!r} has a negative size.")
+    if tensor.data_type in PACKED_TYPES or tensor.data_type == onnx.TensorProto.STRING:
+        return
+    try:
+        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except KeyError:
+        raise ModelError(f"{where}: initializer {tensor.name!r} has an unknown type ({tensor.data_type}).") from None
+    if external_data_helper.uses_external_data(tensor):
+        have = next((int(e.value) for e in tensor.external_data if e.key == "length"), 0)
+    elif tensor.HasField("raw_data"):
+        have = len(tensor.raw_data)
+    else:
+        return
+    need = math.prod(tensor.dims) * itemsize
+    if have != need:
+        raise ModelError(f"{where}: initializer {tensor.name!r} of shape {list(tensor.dims)} needs {need} bytes and has {have}.")
+
+
+def split_weights(model: onnx.ModelProto, limit: int = 1024) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
+    """Return the model with its larger initializers turned into inputs, and those initializers.
+
+    Checking, shape inference and test runs do not need the weights inside the protobuf; without them they cost little
+    time and memory, and the 2 GB limit of protobuf messages plays no part.
+
+    Args:
+        model: not changed.
+        limit: initializers of at most this many elements stay (sizes, scales: shape inference looks at their values).
+    """
+    skeleton = onnx.ModelProto()
+    copy_fields(model, skeleton, leave_out=("graph",))
+    copy_fields(model.graph, skeleton.graph, leave_out=("initializer",))
+    weights = []
+    inputs = {i.name for i in model.graph.input}
+    for tensor in model.graph.initializer:
+        small = math.prod(tensor.dims) <= limit or tensor.data_type not in FEEDABLE_TYPES
+        if small and not external_data_helper.uses_external_data(tensor):
+            skeleton.graph.initializer.append(tensor)
+            continue
+        weights.append(tensor)
+        if tensor.name not in inputs:
+            skeleton.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return skeleton, weights
+
+
+def copy_fields(source: Message, target: Message, leave_out: tuple[str, ...] = ()) -> None:
+    """Copy the fields of a protobuf message but for some."""
+    for descriptor, value in source.ListFields():
+        if descriptor.name in leave_out:
+            continue
+        if descriptor.is_repeated:
+            getattr(target, descriptor.name).extend(value)
+        elif descriptor.message_type is not None:
+            getattr(target, descriptor.name).CopyFrom(value)
+        else:
+            setattr(target, descriptor.name, value)
 
 
 def uses_external_data(path: str | Path) -> bool:
     """Whether the file keeps some weights in other files."""
-    model = onnx.load(path, load_external_data=False)
-    return any(external_data_helper.uses_external_data(t) for t in model.graph.initializer)
+    path = Path(path)
+    stored = map(external_position, wire.read_model(path).graph.initializer)
+    return any(p is not None and p[0] != str(path.resolve()) for p in stored)
 
 
 def _foreign_operators(model: onnx.ModelProto) -> list[str]:
@@ -114,11 +207,10 @@ def check(model: onnx.ModelProto, original: onnx.ModelProto | None = None) -> No
     Raises:
         ModelError: the result is invalid.
     """
-    if model.ByteSize() >= PROTOBUF_LIMIT:
-        return
     try:
-        checker.check_model(model)
-        shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        skeleton = split_weights(model)[0]
+        checker.check_model(skeleton)
+        shape_inference.infer_shapes(skeleton, check_type=True, strict_mode=True)
     except (checker.ValidationError, shape_inference.InferenceError, ValueError) as error:
         if original is not None and isinstance(error, shape_inference.InferenceError) and not _infers(original):
             return
@@ -127,7 +219,7 @@ def check(model: onnx.ModelProto, original: onnx.ModelProto | None = None) -> No
 
 def _infers(model: onnx.ModelProto) -> bool:
     try:
-        shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        shape_inference.infer_shapes(split_weights(model)[0], check_type=True, strict_mode=True)
     except (shape_inference.InferenceError, ValueError):
         return False
     return True
@@ -145,24 +237,72 @@ def save(model: onnx.ModelProto, path: str | Path, *, external: bool = False) ->
         OutputError: the file cannot be written.
     """
     path = Path(path)
-    if not external and model.ByteSize() < PROTOBUF_LIMIT:
+    if not external and total_bytes(model) < PROTOBUF_LIMIT:
         with atomic_write(path) as temporary:
-            temporary.write_bytes(model.SerializeToString())
+            temporary.write_bytes(to_bytes(model))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
         data = f"{path.name}.data"
-        onnx.save_model(copy, folder / path.name, save_as_external_data=True, location=data, size_threshold=1024)
-        if (folder / data).exists():
-            os.replace(folder / data, path.parent / data)
+        stub = _write_external(model, folder / data, data)
+        (folder / path.name).write_bytes(stub.SerializeToString())
+        # The data file comes first: a model without its data would be half an output.
+        os.replace(folder / data, path.parent / data)
         os.replace(folder / path.name, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def total_bytes(model: onnx.ModelProto) -> int:
+    """Size of the model with all its weights."""
+    return model.ByteSize() + sum(p[2] for p in map(external_position, model.graph.initializer) if p is not None)
+
+
+def to_bytes(model: onnx.ModelProto) -> bytes:
+    """Serialise a model with all its weights inside.
+
+    Raises:
+        ModelError: it is larger than protobuf's 2 GB.
+    """
+    if total_bytes(model) >= PROTOBUF_LIMIT:
+        raise ModelError("the model is larger than 2 GB and needs external data.")
+    whole = onnx.ModelProto()
+    copy_fields(model, whole, leave_out=("graph",))
+    copy_fields(model.graph, whole.graph, leave_out=("initializer",))
+    for tensor in model.graph.initializer:
+        entry = whole.graph.initializer.add()
+        if external_position(tensor) is None:
+            entry.CopyFrom(tensor)
+        else:
+            copy_fields(tensor, entry, leave_out=("external_data", "data_location"))
+            entry.raw_data = bytes(raw_bytes(tensor))
+    return whole.SerializeToString()
+
+
+def _write_external(model: onnx.ModelProto, file: Path, location: str) -> onnx.ModelProto:
+    """Write all larger initializers to ``file``, one after the other; return the model that refers to them."""
+    stub = onnx.ModelProto()
+    copy_fields(model, stub, leave_out=("graph",))
+    copy_fields(model.graph, stub.graph, leave_out=("initializer",))
+    with file.open("wb") as out:
+        for tensor in model.graph.initializer:
+            if not external_data_helper.uses_external_data(tensor) and len(tensor.raw_data) < 1024:
+                stub.graph.initializer.append(tensor)
+                continue
+            out.write(b"\0" * (-out.tell() % 4096))  # page-aligned, so that runtimes can map it
+            entry = stub.graph.initializer.add()
+            copy_fields(tensor, entry, leave_out=("raw_data", "external_data"))
+            entry.data_location = onnx.TensorProto.EXTERNAL
+            offset = out.tell()
+            out.write(raw_bytes(tensor))
+            for key, value in (("location", location), ("offset", offset), ("length", out.tell() - offset)):
+                entry.external_data.add(key=key, value=str(value))
+        out.flush()
+        os.fsync(out.fileno())
+    return stub
 
 
 def first_line(error: object) -> str:

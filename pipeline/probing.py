@@ -9,7 +9,7 @@ from prune_onnx.graph_ops.errors import ConfigError, ModelError
 from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.graph_ops.probe import Probe, Shape
 
-from .sessions import create_session
+from .runner import RunError, Runner
 
 # Sizes tried for a dynamic axis that is not the batch; the first that runs is taken.
 SIDES = (64, 224, 256, 32, 28, 512, 16, 8)
@@ -76,23 +76,15 @@ class Prober:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        exposed = onnx.ModelProto()
-        exposed.CopyFrom(graph.model)
-        have = set(graph.outputs)
-        self.names = list(graph.outputs)
-        for node in graph.nodes:
-            for name in node.outputs:
-                if name and name not in have:
-                    exposed.graph.output.append(onnx.ValueInfoProto(name=name))
-                    self.names.append(name)
-        self.session = create_session(exposed, "cpu", optimize=False)
+        self.names = list(dict.fromkeys([*graph.outputs, *(o for n in graph.nodes for o in n.outputs if o)]))
+        self.runner = Runner(graph.model, expose=self.names)
 
     def run(self, feeds: Feeds) -> tuple[dict[str, Shape], dict[str, np.ndarray], dict[str, list[np.ndarray]]]:
         """Return shapes, static values and one line per axis of every tensor."""
         shapes: dict[str, Shape] = {}
         values: dict[str, np.ndarray] = {}
         lines: dict[str, list[np.ndarray]] = {}
-        outputs = self.session.run(self.names, feeds)
+        outputs = self.runner.run(self.names, feeds)
         for name, array in [*feeds.items(), *zip(self.names, outputs, strict=True)]:
             if not isinstance(array, np.ndarray):
                 continue  # a sequence or an absent optional: no axis to cut
@@ -119,8 +111,6 @@ def probe(graph: Graph, given: dict[str, Shape] | None = None, seed: int = 0) ->
     Raises:
         ModelError: the model does not run at any size tried.
     """
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
-
     prober = Prober(graph)
     given = given or {}
     sides = SIDES if has_dynamic_side(graph) else SIDES[:1]
@@ -131,11 +121,11 @@ def probe(graph: Graph, given: dict[str, Shape] | None = None, seed: int = 0) ->
         try:
             first = prober.run(feeds)
             break
-        except (Fail, InvalidArgument, RuntimeException) as error:
+        except RunError as error:
             failure = failure or error
     if first is None:
         hint = " Name a size that the model takes with --input-shape NAME:1x3x224x224." if is_dynamic(graph) else ""
-        raise ModelError(f"the model does not run in ONNX Runtime: {one_line(failure)}.{hint}")
+        raise ModelError(f"the model does not run in ONNX Runtime: {failure}.{hint}")
     shapes, values, lines = first
     for name, tensor in graph.initializers.items():
         shapes[name] = tuple(tensor.dims)
@@ -148,15 +138,9 @@ def probe(graph: Graph, given: dict[str, Shape] | None = None, seed: int = 0) ->
             try:
                 other_feeds = random_feeds(graph, input_shapes(graph, given, batch=batch, side=other_side), seed)
                 other_shapes, other_values, _ = prober.run(other_feeds)
-            except (Fail, InvalidArgument, RuntimeException):
+            except RunError:
                 other_feeds = None
                 continue
             varying = {name for name, value in other_values.items() if not np.array_equal(value, values[name])}
             break
     return Probe(shapes, values, lines, frozenset(varying), other_shapes), feeds, other_feeds
-
-
-def one_line(error: object) -> str:
-    """Return the first line of an ONNX Runtime message, without its error code prefix."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return text.split(" : ", 3)[-1].rstrip(".")

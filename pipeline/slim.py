@@ -48,6 +48,20 @@ class _Decision:
     criterion: str | None
 
 
+class _Clock:
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Note the time since the last lap."""
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 4)
+        self._last = now
+
+
 def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     """Remove channels from an ONNX file.
 
@@ -65,40 +79,47 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
         VerificationError: the result differs from its reference; nothing is written.
         OutputError: an output exists or cannot be written.
     """
-    started = time.perf_counter()
+    clock = _Clock()
     _check_paths(config)
     if config.criterion is not None:
         CRITERIA.get(config.criterion)
     original = model_io.load(config.input)
     graph = Graph(original)
+    clock.lap("load")
     progress.note(f"{config.input}: {len(graph.nodes)} nodes, opset {graph.opset}")
     found, feeds, other_feeds = probe(graph, config.input_shape, config.seed)
     before = Cost(params=cost.params(graph), macs=cost.macs(graph, found.shapes), bytes=_bytes_on_disk(config.input))
     every = [feeds, random_feeds(graph, {name: value.shape for name, value in feeds.items()}, config.seed + 1)]
     every += [other_feeds] if other_feeds is not None else []
+    clock.lap("probe")
     analysis, known, simpler = _understand(config, graph, found)
+    clock.lap("analyse")
     decision = _decide(config, analysis, known)
+    clock.lap("plan")
     result = cut(analysis, decision.keep, decision.edits)
     notes = []
     if config.fold_bn:
         result, folded = fold_batch_norm(result)
         notes.append(f"folded {folded} BatchNormalization nodes")
-    _stamp(result, original, config)
+    _stamp(result, config)
+    clock.lap("cut")
     model_io.check(result, original)
-
     if simpler is not None:
         notes.append("replaced branches that are constant")
         verify(original, simpler, every, "original")
     verification = _verify(original, analysis, decision, result, every)
-    external = model_io.uses_external_data(config.input)
     smaller = Graph(result)
-    after = Cost(params=cost.params(smaller), macs=cost.macs(smaller, _shapes(smaller, config)), bytes=result.ByteSize())
+    after = Cost(params=cost.params(smaller), macs=cost.macs(smaller, _shapes(smaller, config)),
+                 bytes=model_io.total_bytes(result))
+    clock.lap("verify")
+    external = model_io.uses_external_data(config.input)
     if not config.dry_run and config.output is not None:
         model_io.save(result, config.output, external=external)
         after.bytes = _bytes_on_disk(config.output)
     elif config.plan is not None:
         write_text(config.plan, planning.to_json(analysis, decision.keep, _plan_facts(config, decision)) + "\n")
-    report = _report(config, analysis, decision, before, after, verification, notes, started)
+    clock.lap("write")
+    report = _report(config, analysis, decision, before, after, verification, notes, clock)
     if config.report is not None:
         report.write(config.report)
     return report
@@ -172,10 +193,11 @@ def _bytes_on_disk(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
-def _stamp(result: onnx.ModelProto, original: onnx.ModelProto, config: SlimConfig) -> None:
-    """Leave a line of provenance in the model: what was done, and to which model."""
-    entry = {"from_sha256": hashlib.sha256(original.SerializeToString(deterministic=True)).hexdigest()[:16],
-             "budget": config.budget[0], "fraction": config.budget[1], "criterion": config.criterion, "seed": config.seed}
+def _stamp(result: onnx.ModelProto, config: SlimConfig) -> None:
+    """Leave a line of provenance in the model: what was done, and to which file."""
+    with config.input.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = {"from_sha256": digest, "budget": config.budget[0], "fraction": config.budget[1], "criterion": config.criterion, "seed": config.seed}
     history = []
     for prop in result.metadata_props:
         if prop.key == "prune_onnx.slim":
@@ -191,7 +213,7 @@ def _plan_facts(config: SlimConfig, decision: _Decision) -> dict[str, object]:
 
 
 def _report(config: SlimConfig, analysis: Analysis, decision: _Decision, before: Cost, after: Cost,
-            verification: Verification, notes: list[str], started: float) -> SlimResult:
+            verification: Verification, notes: list[str], clock: _Clock) -> SlimResult:
     keep = decision.keep
     groups = [Group(name=g.name, nodes=list(g.nodes), channels=len(g.units), kept=int(keep[g.units].sum()),
                     pinned_by=list(g.pinned_by)) for g in analysis.groups]
@@ -200,7 +222,7 @@ def _report(config: SlimConfig, analysis: Analysis, decision: _Decision, before:
     if not any(g.channels > g.kept for g in groups):
         notes.append("nothing was removed: no channel can go under these options")
     return SlimResult(
-        seconds=round(time.perf_counter() - started, 3),
+        seconds=round(sum(clock.laps.values()), 3),
         environment=capture(),
         input=str(config.input),
         output=None if config.dry_run else str(config.output),
@@ -212,6 +234,7 @@ def _report(config: SlimConfig, analysis: Analysis, decision: _Decision, before:
         removed=Removed(channels=channels, groups=sum(g.channels > g.kept for g in groups)),
         constants={"dropped": edits.dropped, "absorbed": edits.absorbed, "merged": edits.merged},
         groups=groups,
+        timings=clock.laps,
         verification=verification,
         notes=notes,
     )

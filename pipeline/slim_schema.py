@@ -136,7 +136,14 @@ class Verification(Model):
 
 
 class SlimResult(StageResult):
-    """Result of ``slim``; ``after`` of a dry run is what the plan predicts (bytes are then an estimate)."""
+    """Result of ``slim``.
+
+    Attributes:
+        after: of the result; ``bytes`` of a dry run is what the file would have.
+        constants: removed positions whose constant was dropped (zero or unread), absorbed into a bias, or merged.
+        timings: seconds of each step.
+        verification: of the result; also made in a dry run.
+    """
 
     command: str = "slim"
     input: str
@@ -149,5 +156,6 @@ class SlimResult(StageResult):
     removed: Removed
     constants: dict[str, int]
     groups: list[Group]
+    timings: dict[str, float]
     verification: Verification | None
     notes: list[str]

@@ -8,7 +8,7 @@ import onnx
 from prune_onnx.graph_ops.errors import VerificationError
 
 from .probing import Feeds
-from .sessions import create_session
+from .runner import RunError, Runner
 from .slim_schema import Verification
 
 # What rounding alone may change, relative to the largest value of an output. Sums of a few thousand terms in another
@@ -29,11 +29,11 @@ def verify(reference: onnx.ModelProto, result: onnx.ModelProto, feeds: list[Feed
         VerificationError: an output differs by more than rounding explains, in shape, or is not finite where the
             reference is.
     """
-    sessions = [create_session(m, "cpu", optimize=False) for m in (reference, result)]
-    names = [o.name for o in sessions[0].get_outputs()]
+    runners = [Runner(m) for m in (reference, result)]
+    names = runners[0].outputs
     worst_abs, worst_rel, tolerance = 0.0, 0.0, 0.0
     for inputs in feeds:
-        pair = [session.run(names, inputs) for session in sessions]
+        pair = [_run(runner, names, inputs) for runner in runners]
         for name, a, b in zip(names, *pair, strict=True):
             if not isinstance(a, np.ndarray):
                 continue
@@ -54,3 +54,10 @@ def verify(reference: onnx.ModelProto, result: onnx.ModelProto, feeds: list[Feed
                 worst_rel, tolerance = relative, allowed
             worst_abs = max(worst_abs, gap)
     return Verification(reference=kind, max_abs_diff=worst_abs, max_rel_diff=worst_rel, tolerance=tolerance, passed=True)
+
+
+def _run(runner: Runner, names: list[str], feeds: Feeds) -> list[np.ndarray]:
+    try:
+        return runner.run(names, feeds)
+    except RunError as error:
+        raise VerificationError(f"a run of the result or of its reference failed: {error}. Nothing was written.") from error

@@ -101,9 +101,8 @@ class Conv(Rule):
             ctx.contractions.append(Contraction(
                 node, ((0, 1),), vector, weight=(self.weight, self.in_axis), out=(self.weight, self.out_axis),
                 groups=group, padded=is_padded(node) or self.out_axis == 1, bias=self.bias))
-            ctx.works.append(Work(node, scale, (out, inside)))
-        else:
-            ctx.works.append(Work(node, scale * (cin // group), (out,)))
+        factors = tuple(v for v in (out if cout > 1 else None, inside) if v is not None)
+        ctx.works.append(Work(node, scale if inside is not None else scale * (cin // group), factors))
         return out
 
     def constants(self, node: Node, known: Constants) -> None:

@@ -62,6 +62,10 @@ class Reshape(Move):
         if product(before) == 0:
             ctx.pin_inputs(node, "it is empty")
             return
+        other = ctx.probe.other_shapes.get(y, after)
+        if len(other) != len(after):
+            ctx.pin_inputs(node, "its rank follows a dynamic size")
+            return
         result: dict[int, Vector] = {}
         for number, (left, right) in enumerate(blocks(before, after)):
             labelled = [a for a in left if a in vectors]
@@ -99,3 +103,10 @@ class Reshape(Move):
     def rewrite(self, node: Node, cut: Cut) -> None:
         if node.op_type == "Reshape":
             cut.resize_operand(node, 1, copies=not node.attribute("allowzero", 0))
+        elif node.op_type == "Squeeze" and not node.attribute("axes") and not any(node.inputs[1:]):
+            # Without axes it takes every length of 1, also that of an axis that was cut to one position.
+            axes = [a for a, n in enumerate(cut.shape(node.inputs[0])) if n == 1]
+            if cut.graph.opset >= 13:
+                cut.feed(node, 1, np.asarray(axes, np.int64))
+            else:
+                cut.set_attribute(node, "axes", axes)
