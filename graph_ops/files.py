@@ -20,6 +20,8 @@ def check_output(path: str | Path, *, force: bool = False) -> Path:
     path = Path(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give a file name.")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is not a regular file; give a file name.")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already. Pass --force to overwrite it.")
     parent = path.parent

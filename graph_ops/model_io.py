@@ -171,11 +171,16 @@ def copy_fields(source: Message, target: Message, leave_out: tuple[str, ...] = (
             setattr(target, descriptor.name, value)
 
 
-def uses_external_data(path: str | Path) -> bool:
-    """Whether the file keeps some weights in other files."""
+def data_files(path: str | Path) -> set[Path]:
+    """The other files in which a model keeps its weights."""
     path = Path(path)
     stored = map(external_position, wire.read_model(path).graph.initializer)
-    return any(p is not None and p[0] != str(path.resolve()) for p in stored)
+    return {path.parent / p[0] for p in stored if p is not None} - {path.resolve()}
+
+
+def bytes_on_disk(path: str | Path) -> int:
+    """Size of a model's file and of the files that hold its weights."""
+    return sum(file.stat().st_size for file in {Path(path), *data_files(path)})
 
 
 def _foreign_operators(model: onnx.ModelProto) -> list[str]:

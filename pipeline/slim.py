@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -88,7 +87,7 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     clock.lap("load")
     progress.note(f"{config.input}: {len(graph.nodes)} nodes, opset {graph.opset}")
     found, feeds, other_feeds = probe(graph, config.input_shape, config.seed)
-    before = Cost(params=cost.params(graph), macs=cost.macs(graph, found.shapes), bytes=_bytes_on_disk(config.input))
+    before = Cost(params=cost.params(graph), macs=cost.macs(graph, found.shapes), bytes=model_io.bytes_on_disk(config.input))
     every = [feeds, random_feeds(graph, {name: value.shape for name, value in feeds.items()}, config.seed + 1)]
     every += [other_feeds] if other_feeds is not None else []
     clock.lap("probe")
@@ -112,10 +111,10 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     after = Cost(params=cost.params(smaller), macs=cost.macs(smaller, _shapes(smaller, config)),
                  bytes=model_io.total_bytes(result))
     clock.lap("verify")
-    external = model_io.uses_external_data(config.input)
+    external = bool(model_io.data_files(config.input))
     if not config.dry_run and config.output is not None:
         model_io.save(result, config.output, external=external)
-        after.bytes = _bytes_on_disk(config.output)
+        after.bytes = model_io.bytes_on_disk(config.output)
     elif config.plan is not None:
         write_text(config.plan, planning.to_json(analysis, decision.keep, _plan_facts(config, decision)) + "\n")
     clock.lap("write")
@@ -186,11 +185,6 @@ def _verify(original: onnx.ModelProto, analysis: Analysis, decision: _Decision, 
 
 def _shapes(graph: Graph, config: SlimConfig) -> dict[str, tuple[int, ...]]:
     return probe(graph, config.input_shape, config.seed)[0].shapes
-
-
-def _bytes_on_disk(path: Path) -> int:
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
 def _stamp(result: onnx.ModelProto, config: SlimConfig) -> None:

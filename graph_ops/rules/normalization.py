@@ -80,7 +80,7 @@ class InstanceNorm(Rule):
             known.set(node.outputs[0], 1, scale == 0)
 
 
-@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+@rule("LayerNormalization", "RMSNormalization")
 class LayerNorm(Rule):
     """Statistics run across the last axes: pinned, or released with --norms release."""
 

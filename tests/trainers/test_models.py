@@ -1,0 +1,291 @@
+"""Networks: counts of the papers to the unit, shapes, widths, exportability, and factories of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from prune_onnx.graph_ops.errors import ConfigError
+from prune_onnx.trainers.models import MODELS, build_model
+
+GREY = ("bn-cnn", "lenet300", "lenet5", "lenet5-bn", "frank-wolfe-cnn")
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+# name: (parameters, BatchNorm channels, MACs of convolutions and linear layers), 10 classes, 32x32 (28x28 where grey)
+COUNTS = {
+    "bn-cnn": (93_546, 224, 7_451_776),
+    "lenet300": (266_610, 0, 266_200),
+    "lenet5": (431_080, 0, 2_293_000),
+    "lenet5-bn": (431_650, 570, 2_293_000),
+    "frank-wolfe-cnn": (34_826, 0, 2_440_960),
+    "vgg11": (9_228_362, 2752, 152_769_536),
+    "vgg13": (9_941_322, 2944, 228_791_296),
+    "vgg14": (14_728_266, 4224, 313_201_664),
+    "vgg16": (14_724_042, 4224, 313_201_664),
+    "vgg19": (20_035_018, 5504, 398_136_320),
+    "vgg-like": (14_990_922, 4224, 313_463_808),
+    "resnet20": (269_722, 688, 40_551_040),
+    "resnet32": (464_154, 1136, 68_862_592),
+    "resnet56": (853_018, 2032, 125_485_696),
+    "resnet110": (1_727_962, 4048, 252_887_680),
+    "resnet20-b": (272_474, 784, 40_813_184),
+    "resnet32-b": (466_906, 1232, 69_124_736),
+    "resnet56-b": (855_770, 2128, 125_747_840),
+    "resnet110-b": (1_730_714, 4144, 253_149_824),
+}
+HUNDRED_CLASSES = {
+    "vgg19": 20_081_188,
+    "vgg16": 14_770_212,
+    "vgg14": 14_774_436,
+    "vgg-like": 15_037_092,
+    "vgg13": 9_987_492,
+    "resnet20": 275_572,
+    "resnet32": 470_004,
+    "resnet56": 858_868,
+    "resnet110": 1_733_812,
+}
+
+SMALLEST = {"lenet5": 16, "lenet5-bn": 16, "frank-wolfe-cnn": 10, "vgg13": 32, "vgg-like": 32} | dict.fromkeys(
+    ("vgg11", "vgg14", "vgg16", "vgg19"), 16
+)
+
+
+def shape_of(name: str) -> tuple[int, int, int]:
+    return (1, 28, 28) if name in GREY else (3, 32, 32)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def bn_channels(model: nn.Module) -> int:
+    return sum(module.num_features for module in model.modules() if isinstance(module, BATCH_NORMS))
+
+
+def macs(model: nn.Module, in_shape: tuple[int, int, int]) -> int:
+    """Count multiply-accumulates by watching one image pass."""
+    total = 0
+
+    def count(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        total += output.numel() * module.weight[0].numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    model.eval()(torch.zeros(1, *in_shape))
+    return total
+
+
+def test_every_listed_model_has_a_published_count():
+    assert list(COUNTS) == MODELS.names()
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+def test_counts_are_the_papers(name):
+    model = build_model(name, 10, shape_of(name))
+    assert (parameters(model), bn_channels(model), macs(model, shape_of(name))) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", list(HUNDRED_CLASSES))
+def test_counts_with_a_hundred_classes(name):
+    assert parameters(build_model(name, 100, (3, 32, 32))) == HUNDRED_CLASSES[name]
+
+
+def test_vgg16_on_tiny_imagenet_has_the_published_count():
+    assert parameters(build_model("vgg16", 200, (3, 64, 64))) == 14_821_512
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+def test_docstring_names_the_count(name):
+    module, _, factory = MODELS.get(name).partition(":")
+    source = importlib.import_module(f"prune_onnx.trainers.models.{module}")
+    assert f"{COUNTS[name][0]:,}".replace(",", " ") in getattr(source, factory).__doc__
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+@pytest.mark.parametrize("in_shape", [(1, 32, 32), (3, 33, 40), (3, 64, 64)], ids=str)
+def test_gives_logits_at_any_size_from_32(name, in_shape):
+    model = build_model(name, 7, in_shape, width=0.125).eval()
+    assert model(torch.randn(2, *in_shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "lenet300"])
+def test_smallest_size_works_and_smaller_ones_are_refused(name):
+    least = SMALLEST.get(name, 8)
+    model = build_model(name, 7, (1, least, least), width=0.125).eval()
+    assert model(torch.randn(2, 1, least, least)).shape == (2, 7)
+    with pytest.raises(ConfigError, match=f"at least {least}x{least} pixels, not 40x{least - 1}"):
+        build_model(name, 7, (1, 40, least - 1))
+
+
+@pytest.mark.parametrize("size", [8, 9, 16, 28, 32, 64])
+def test_bn_cnn_takes_any_size(size):
+    assert build_model("bn-cnn", 10, (3, size, size))(torch.randn(2, 3, size, size)).shape == (2, 10)
+
+
+def test_vgg_ends_like_the_papers_two_by_two_average():
+    model = build_model("vgg19", 10, (3, 32, 32), width=0.125).eval()
+    x = torch.randn(2, 3, 32, 32)
+    paper = model.classifier(nn.functional.avg_pool2d(model.features[:-1](x), 2).flatten(1))
+    torch.testing.assert_close(model(x), paper, rtol=0, atol=0)
+
+
+def test_nnrelief_strides_large_images_in_the_first_convolution():
+    at_32, at_64 = (build_model("vgg-like", 10, (3, side, side)) for side in (32, 64))
+    assert parameters(at_32) == parameters(at_64)
+    assert macs(at_64, (3, 64, 64)) == macs(at_32, (3, 32, 32))
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTS if COUNTS[name][1]])
+def test_width_scales_every_batch_norm(name):
+    assert bn_channels(build_model(name, 10, shape_of(name), width=0.5)) * 2 == COUNTS[name][1]
+
+
+def test_width_scales_layers_without_batch_norm():
+    model = build_model("lenet300", 10, (1, 28, 28), width=0.1)
+    assert [layer.out_features for layer in model if isinstance(layer, nn.Linear)] == [30, 10, 10]
+
+
+def test_tiny_width_leaves_a_channel_everywhere():
+    model = build_model("resnet20", 10, (3, 32, 32), width=1e-6)
+    assert {module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)} == {1}
+    assert model.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_option_a_pads_a_quarter_on_both_sides():
+    from prune_onnx.trainers.models.resnet import PadShortcut
+
+    x = torch.randn(1, 16, 8, 8)
+    y = PadShortcut(16, 32)(x)
+    assert y.shape == (1, 32, 4, 4)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert not y[:, :8].any()
+    assert not y[:, 24:].any()
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+def test_exports_with_open_batch_size(name):
+    model = build_model(name, 10, shape_of(name), width=0.125).eval()
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(model, (torch.randn(2, *shape_of(name)),), dynamic_shapes=(batch,)).module()
+    x = torch.randn(5, *shape_of(name))
+    torch.testing.assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["vgg19", "resnet20", "lenet5", "bn-cnn"])
+def test_starts_as_he_initialisation_says(name):
+    torch.manual_seed(0)
+    model = build_model(name, 10, shape_of(name))
+    conv = max((m for m in model.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight.numel())
+    fan = conv.weight[:, 0].numel() if name in ("vgg19", "bn-cnn") else conv.weight[0].numel()
+    assert conv.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.03)
+    assert conv.weight.mean().item() == pytest.approx(0, abs=0.03 * (2 / fan) ** 0.5)
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+
+
+def test_same_seed_gives_same_weights():
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(build_model("bn-cnn", 10, (1, 8, 8)).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    assert not torch.equal(states[0]["features.0.weight"], states[2]["features.0.weight"])
+
+
+def test_names_are_listed_without_torch():
+    code = "import sys; from prune_onnx.trainers.models import MODELS; print(len(list(MODELS)), 'torch' in sys.modules)"
+    path = str(Path(__file__).parents[2] / ".typing")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={"PYTHONPATH": path, "PATH": ""})
+    assert done.stdout.split() == [str(len(COUNTS)), "False"]
+
+
+def test_unknown_name_gives_close_matches():
+    with pytest.raises(ConfigError, match="'resnet20'"):
+        build_model("resnet-20", 10, (3, 32, 32))
+
+
+@pytest.mark.parametrize(("classes", "shape", "width"), [
+    (0, (3, 32, 32), 1.0), (10, (3, 32), 1.0), (10, (0, 32, 32), 1.0),
+    (10, (3, 32, 32), 0.0), (10, (3, 32, 32), -1.0), (10, (3, 32, 32), float("nan")),
+])  # fmt: skip
+def test_senseless_sizes_are_refused(classes, shape, width):
+    with pytest.raises(ConfigError):
+        build_model("lenet300", classes, shape, width)
+
+
+USER_MODULE = """
+import torch
+from torch import nn
+calls = []
+def plain(num_classes, in_shape):
+    calls.append((num_classes, in_shape))
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_shape[0] * in_shape[1] * in_shape[2], num_classes))
+def wide(num_classes, in_shape, width=1.0):
+    return nn.Linear(int(100 * width), num_classes)
+class Net(nn.Module):
+    def __init__(self, num_classes, in_shape):
+        super().__init__()
+        self.fc = nn.Linear(in_shape[0], num_classes)
+def broken(num_classes, in_shape):
+    raise RuntimeError("no luck\\ntoday")
+def number(num_classes, in_shape):
+    return 3
+def nothing():
+    return nn.Identity()
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """A module in the current folder, which is not on the path."""
+    (tmp_path / "their_nets.py").write_text(USER_MODULE)
+    (tmp_path / "their_faulty.py").write_text("import module_that_is_not_there\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_nets", raising=False)
+    before = list(sys.path)
+    yield "their_nets"
+    assert sys.path == before
+    sys.modules.pop("their_nets", None)
+
+
+def test_own_factory_is_called_with_classes_and_shape(user_module):
+    model = build_model(f"{user_module}:plain", 5, (1, 8, 8))
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+    assert sys.modules[user_module].calls == [(5, (1, 8, 8))]
+
+
+def test_own_class_is_a_factory(user_module):
+    assert build_model(f"{user_module}:Net", 5, (3, 8, 8)).fc.in_features == 3
+
+
+def test_own_factory_gets_the_width_it_knows(user_module):
+    assert build_model(f"{user_module}:wide", 5, (1, 8, 8), width=0.5).in_features == 50
+
+
+@pytest.mark.parametrize(("name", "width", "said"), [
+    ("their_nets:plain", 0.5, "width"),
+    ("their_nets:broken", 1.0, "RuntimeError: no luck today"),
+    ("their_nets:number", 1.0, "not int"),
+    ("their_nets:nothing", 1.0, "cannot be called"),
+    ("their_nets:plian", 1.0, "Did you mean 'plain'"),
+    ("their_nets:calls", 1.0, "no factory 'calls'"),
+    ("their_nets:", 1.0, "no factory ''"),
+    (":plain", 1.0, "cannot import ''"),
+    ("their_nots:plain", 1.0, "No module named 'their_nots'"),
+    ("their_faulty:plain", 1.0, "No module named 'module_that_is_not_there'"),
+])  # fmt: skip
+def test_own_factory_that_fails_is_a_clear_error(user_module, name, width, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        build_model(name, 5, (1, 8, 8), width)
+    assert "\n" not in str(caught.value)

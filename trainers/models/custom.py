@@ -1,0 +1,81 @@
+"""A network of the user's own, named ``package.module:factory``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prune_onnx.graph_ops.errors import ConfigError, PruneOnnxError
+from prune_onnx.graph_ops.registry import close_matches
+
+
+def build_custom(name: str, num_classes: int, in_shape: tuple[int, int, int], width: float) -> nn.Module:
+    """Import the user's factory and call it as ``factory(num_classes, in_shape=in_shape)``, with ``width`` if not 1.
+
+    The current folder is searched for the module before what is installed.
+
+    Args:
+        name: ``package.module:factory``; a subclass of ``nn.Module`` is a factory as well.
+        num_classes: passed on.
+        in_shape: passed on.
+        width: passed on, as a keyword, when it is not 1: a factory need not know it.
+
+    Raises:
+        ConfigError: no such module or factory, or it fails, or it returns no ``nn.Module``.
+    """
+    with _current_folder_first():
+        factory = _find(name)
+        keywords: dict[str, Any] = {"in_shape": in_shape} | ({"width": width} if width != 1 else {})
+        try:
+            inspect.signature(factory).bind(num_classes, **keywords)
+        except TypeError as error:
+            raise ConfigError(
+                f"model {name!r} cannot be called as factory(num_classes, {', '.join(f'{k}={k}' for k in keywords)}): "
+                f"{error}."
+            ) from error
+        except ValueError:
+            pass  # built in: it has no signature to look at
+        try:
+            model = factory(num_classes, **keywords)
+        except PruneOnnxError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"model {name!r} fails: {_say(error)}.") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {name!r} must return a torch.nn.Module, not {type(model).__name__}.")
+    return model
+
+
+def _find(name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ConfigError(f"cannot import {module_name!r} of model {name!r}: {_say(error)}.") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"module {module_name!r} has no factory {attribute!r}.{close_matches(attribute, known)}")
+    return factory
+
+
+@contextmanager
+def _current_folder_first() -> Iterator[None]:
+    # An installed command does not have the current folder on its path, as "python -m" would.
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")
