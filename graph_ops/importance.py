@@ -87,8 +87,8 @@ def _gather(analysis: Analysis, norm: Callable[[np.ndarray], np.ndarray]) -> Sco
         if weight is None:
             continue
         per_channel = _by_channel(weight, axis, norm)
-        # A grouped ConvTranspose stores one group's outputs on that axis: every group repeats them.
-        np.add.at(total, producer.labels, np.resize(per_channel, len(producer.labels)))
+        # A grouped ConvTranspose stores the outputs of one group on that axis, and the labels of the others repeat them.
+        np.add.at(total, producer.labels[:len(per_channel)], per_channel)
         seen[producer.labels] = True
     return np.where(seen, total, np.nan)
 

@@ -274,6 +274,11 @@ def to_bytes(model: onnx.ModelProto) -> bytes:
     """
     if total_bytes(model) >= PROTOBUF_LIMIT:
         raise ModelError("the model is larger than 2 GB and needs external data.")
+    return with_weights(model).SerializeToString()
+
+
+def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that holds all its weights itself, as other libraries expect."""
     whole = onnx.ModelProto()
     copy_fields(model, whole, leave_out=("graph",))
     copy_fields(model.graph, whole.graph, leave_out=("initializer",))
@@ -284,7 +289,7 @@ def to_bytes(model: onnx.ModelProto) -> bytes:
         else:
             copy_fields(tensor, entry, leave_out=("external_data", "data_location"))
             entry.raw_data = bytes(raw_bytes(tensor))
-    return whole.SerializeToString()
+    return whole
 
 
 def _write_external(model: onnx.ModelProto, file: Path, location: str) -> onnx.ModelProto:

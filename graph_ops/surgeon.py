@@ -11,6 +11,7 @@ from collections.abc import Callable
 import onnx
 import onnx_graphsurgeon as gs
 
+from . import model_io
 from .errors import ModelError
 
 _T = onnx.TensorProto
@@ -29,6 +30,7 @@ def edit(model: onnx.ModelProto, change: Callable[[gs.Graph], None]) -> onnx.Mod
     bad = sorted({_T.DataType.Name(t.data_type) for t in model.graph.initializer if t.data_type in LOSSY_TYPES})
     if bad:
         raise ModelError(f"this edit cannot be made on a model with {', '.join(bad)} weights.")
+    model = model_io.with_weights(model)
     graph = gs.import_onnx(model)
     change(graph)
     graph.cleanup().toposort()

@@ -1,0 +1,270 @@
+"""The ``train`` stage: from the names of a network, a data set and a method to an ONNX file with its history.
+
+The run folder holds ``model.onnx`` (BatchNorm kept), ``config.toml`` (every option with the value that was used; it can
+be given back to ``train``), ``metrics.jsonl`` (one line an epoch), ``checkpoint.pt`` (the training state before the
+method's ``finish``), ``environment.json`` and, once all is done, ``result.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prune_onnx.graph_ops.errors import ConfigError, OutputError
+from prune_onnx.graph_ops.files import check_output, write_text
+from prune_onnx.graph_ops.preprocessing import Preprocessing
+from prune_onnx.graph_ops.progress import SILENT, Progress
+from prune_onnx.trainers.config import TrainConfig, resolve
+from prune_onnx.trainers.data import DATASETS, Dataset, load_dataset
+from prune_onnx.trainers.methods import METHODS, method_class
+from prune_onnx.trainers.models import MODELS, build_model
+
+from .environment import capture
+from .results import Model, StageResult
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from prune_onnx.trainers.batches import Batches
+
+ARTIFACTS = {
+    "model": "model.onnx",
+    "config": "config.toml",
+    "metrics": "metrics.jsonl",
+    "checkpoint": "checkpoint.pt",
+    "environment": "environment.json",
+    "result": "result.json",
+}
+
+NOTABLE_DROP = 0.005
+"""Loss of accuracy in ``finish`` from which the user is warned: half a point."""
+
+
+class Accuracy(Model):
+    """Fractions of correctly classified images; ``validation`` is ``None`` when no images were held out."""
+
+    validation: float | None
+    test: float
+
+
+class Sparsity(Model):
+    """Channels of all BatchNorm layers, and those whose scale is exactly zero."""
+
+    channels: int
+    dead_channels: int
+
+
+class TrainResult(StageResult):
+    """Result of ``train``.
+
+    Attributes:
+        model: the network's name.
+        dataset: the data set's name.
+        method: the method's name.
+        epochs: length of the run.
+        accuracy: of the network that was exported.
+        accuracy_before_finish: before the method set the scales of dead channels to zero.
+        sparsity: of the network that was exported.
+        artifacts: paths of the files in the run folder, by kind.
+    """
+
+    command: str = "train"
+    model: str
+    dataset: str
+    method: str
+    epochs: int
+    accuracy: Accuracy
+    accuracy_before_finish: Accuracy
+    sparsity: Sparsity
+    artifacts: dict[str, str]
+
+
+def train(config: TrainConfig, progress: Progress = SILENT) -> TrainResult:
+    """Train a network, finish it by its method, measure it, and export it.
+
+    The test images are looked at once, at the end. With ``config.resume`` the run folder's options hold where none is
+    given, training goes on where its checkpoint is, and a run that is finished already is returned as it is.
+
+    Raises:
+        ConfigError: an unknown name, an option that does not fit, or options that differ from the resumed run's.
+        DataError: a data file is missing or corrupt.
+        OutputError: the run folder is taken, or cannot be written.
+        ProviderError: the device is absent.
+        TrainingError: training diverged, or the checkpoint cannot be read.
+        ModelError: the network cannot be exported.
+    """
+    began = time.perf_counter()
+    _check_names(config)
+    run = _check_run(config)
+    config, resumed = _resumed(config, run, progress)
+    if resumed and all((run / ARTIFACTS[kind]).exists() for kind in ("model", "result")):
+        progress.note(f"{run} is finished already")
+        return TrainResult.model_validate_json((run / ARTIFACTS["result"]).read_text(encoding="utf-8"))
+
+    import torch
+
+    from prune_onnx.trainers.batches import split
+    from prune_onnx.trainers.export import export_onnx
+    from prune_onnx.trainers.loop import choose_device, fit
+
+    device = choose_device(config)
+    data = load_dataset(config.dataset, config.data_dir, download=config.download, progress=progress)
+    torch.manual_seed(config.seed)
+    network = _build(config, data)
+    chosen, held = split(data.train_labels, config.validation, config.seed)
+    config = resolve(config, network, images=len(chosen), augment=data.augment, mean=data.mean, std=data.std)
+    method = method_class(config.method).of(config)
+    training, validation, test = _batches(data, chosen, held, config, device)
+    environment = capture()
+    provenance = {key: str(getattr(config, key)) for key in ("model", "dataset", "method", "seed")}
+    provenance["version"] = environment["versions"].get("prune-onnx", "unknown")
+    _, *size = shape = tuple(data.train_images.shape[1:])
+    recipe = Preprocessing(mean=config.mean, std=config.std, size=tuple(size))
+    if ":" in config.model:  # that torch cannot export a network should be known before it is trained
+        export_onnx(network, shape, None, recipe, provenance)
+    if not resumed:
+        _open_run(run, config, environment)
+
+    fit(network, method, config, training, validation, run=run, progress=progress)
+    before = _measure(network, validation, test)
+    sparsity = Sparsity(**method.finish(network))
+    after = _measure(network, validation, test)
+    _compare(before, after, config.method, progress)
+    export_onnx(network, shape, run / ARTIFACTS["model"], recipe, provenance)
+    result = TrainResult(
+        seconds=time.perf_counter() - began,
+        environment=environment,
+        model=config.model,
+        dataset=config.dataset,
+        method=config.method,
+        epochs=config.epochs,
+        accuracy=after,
+        accuracy_before_finish=before,
+        sparsity=sparsity,
+        artifacts={kind: str(run / name) for kind, name in ARTIFACTS.items()},
+    )
+    result.write(run / ARTIFACTS["result"])
+    return result
+
+
+def _check_names(config: TrainConfig) -> None:
+    """Refuse unknown names before anything is imported or read.
+
+    Raises:
+        ConfigError: with close matches.
+    """
+    METHODS.get(config.method)
+    DATASETS.get(config.dataset)
+    if ":" not in config.model:
+        MODELS.get(config.model)
+
+
+def _check_run(config: TrainConfig) -> Path:
+    """Return the run folder, if it may be used.
+
+    Raises:
+        OutputError: it holds a run already, or cannot be written.
+    """
+    run = config.output
+    for name in ARTIFACTS.values():
+        check_output(run / name, force=True)
+    taken = [name for name in ARTIFACTS.values() if (run / name).exists()]
+    if taken and not (config.resume or config.force):
+        raise OutputError(
+            f"{run} holds a training run already ({', '.join(taken)}). "
+            "Pass --resume to go on with it, --force to replace it, or another folder."
+        )
+    return run
+
+
+def _resumed(config: TrainConfig, run: Path, progress: Progress) -> tuple[TrainConfig, bool]:
+    """Return the options of the run to go on with, and whether there is one.
+
+    What is not given is as the run has it; what is given must agree.
+    """
+    path = run / ARTIFACTS["checkpoint"]
+    if not config.resume:
+        return config, False
+    if not path.exists():
+        progress.note(f"{run} has no checkpoint yet: training starts at the beginning")
+        return config, False
+    from prune_onnx.trainers import checkpoint
+
+    essence = checkpoint.read(path)["essence"]
+    given = config.model_dump(by_alias=True, exclude_unset=True, exclude_none=True)
+    config = TrainConfig(**{**essence, **given})
+    checkpoint.check_essence(run, essence, config.essence())
+    return config, True
+
+
+def _build(config: TrainConfig, data: Dataset) -> nn.Module:
+    """Return the network, after it has shown that it takes the images.
+
+    Raises:
+        ConfigError: an unknown name, or a network for images of another size.
+    """
+    import torch
+
+    shape = tuple(data.train_images.shape[1:])
+    network = build_model(config.model, data.num_classes, shape, config.width)
+    size = "x".join(map(str, shape))
+    try:
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(2, *shape))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"network {config.model!r} cannot take the {size} images of {config.dataset!r}: {error}"
+        ) from error
+    if tuple(logits.shape) != (2, data.num_classes):
+        raise ConfigError(
+            f"network {config.model!r} gives outputs of shape {tuple(logits.shape)} for 2 images, "
+            f"but {config.dataset!r} needs (2, {data.num_classes})."
+        )
+    return network
+
+
+def _batches(
+    data: Dataset, chosen: np.ndarray, held: np.ndarray, config: TrainConfig, device: torch.device
+) -> tuple[Batches, Batches | None, Batches]:
+    """Return training, validation and test images on the device; validation is ``None`` when none is held out."""
+    from prune_onnx.trainers.batches import Batches
+
+    options = {"mean": config.mean, "std": config.std, "seed": config.seed, "device": device}
+    images, labels = data.train_images, data.train_labels
+    return (
+        Batches(images[chosen], labels[chosen], augment=config.augment, **options),
+        Batches(images[held], labels[held], **options) if len(held) else None,
+        Batches(data.test_images, data.test_labels, **options),
+    )
+
+
+def _open_run(run: Path, config: TrainConfig, environment: dict[str, Any]) -> None:
+    """Take an older run away and write what describes the new one."""
+    for name in ARTIFACTS.values():
+        (run / name).unlink(missing_ok=True)
+    write_text(run / ARTIFACTS["config"], config.to_toml())
+    write_text(run / ARTIFACTS["environment"], json.dumps(environment, indent=2) + "\n")
+
+
+def _measure(network: nn.Module, validation: Batches | None, test: Batches) -> Accuracy:
+    from prune_onnx.trainers.loop import evaluate
+
+    return Accuracy(
+        validation=None if validation is None else evaluate(network, validation)[1],
+        test=evaluate(network, test)[1],
+    )
+
+
+def _compare(before: Accuracy, after: Accuracy, method: str, progress: Progress) -> None:
+    """Warn when setting dead channels' scales to zero cost accuracy."""
+    kind = "test" if before.validation is None else "validation"
+    old, new = getattr(before, kind), getattr(after, kind)
+    if old - new > NOTABLE_DROP:
+        progress.warn(
+            f"{method}: setting the scales of dead channels to zero took {kind} accuracy from {old:.2%} to {new:.2%}. "
+            "Train longer, or raise --penalty."
+        )

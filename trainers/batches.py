@@ -1,0 +1,126 @@
+"""Images on the device as uint8, normalised and augmented there a batch at a time, in an order that a seed decides.
+
+Small data sets fit on the device whole, which spares worker processes and copies. Everything random about an epoch
+(order, shifts, flips) is drawn when it begins, from a generator that depends on seed and epoch alone: a run that is
+resumed in the middle of an epoch needs its position and nothing else to see the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from prune_onnx.graph_ops.errors import ConfigError
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def generator(seed: int, stream: object) -> torch.Generator:
+    """Return a CPU generator of its own for each ``stream`` of a seed (``"xi"``, ``("epoch", 3)``, ...)."""
+    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split a training set into training and validation, each class in proportion.
+
+    Args:
+        labels: class of every image, shape (N,).
+        fraction: share that is held out; every class keeps at least one training image.
+        seed: decides which images.
+
+    Returns:
+        Sorted indices of the training and of the validation images.
+    """
+    draws = np.random.default_rng(seed)
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = draws.permutation(np.flatnonzero(labels == label))
+        held[members[: min(round(fraction * len(members)), len(members) - 1)]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+class Batches:
+    """A set of labelled images on one device.
+
+    Args:
+        images: uint8, shape (N, C, H, W).
+        labels: integer classes, shape (N,).
+        mean: per channel, of pixel/255.
+        std: likewise.
+        augment: ``"none"``; ``"shift"``: by up to 1 pixel either way (2 from 16 pixels on), filled with 0;
+            ``"flip-crop"``: horizontal flip and crop after padding by 4 zeros. For :meth:`shuffled` only.
+        seed: of order and augmentation.
+        device: where the images live.
+
+    Raises:
+        ConfigError: the images do not fit on the device.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augment: str = "none",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        try:
+            self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"{images.nbytes / 2**30:.1f} GiB of images do not fit on {device}.") from error
+        self.labels = torch.from_numpy(labels.astype(np.int64)).to(device)
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
+        self.seed = seed
+        self.flip = augment == "flip-crop"
+        self.margin = {"none": 0, "shift": 2 if min(images.shape[2:]) >= 16 else 1, "flip-crop": 4}[augment]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """Yield (inputs, labels) as they come, without augmentation."""
+        for first in range(0, len(self), batch_size):
+            chosen = slice(first, first + batch_size)
+            yield self._normalise(self.images[chosen]), self.labels[chosen]
+
+    def shuffled(self, epoch: int, batch_size: int, steps: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches ``start`` to ``steps`` of an epoch, shuffled and augmented.
+
+        Yields:
+            float32 inputs of shape (batch_size, C, H, W) and int64 labels; the last batch may be smaller.
+        """
+        device, n = self.labels.device, len(self)
+        draws = generator(self.seed, ("epoch", epoch))
+        order = torch.randperm(n, generator=draws).to(device)
+        offsets = torch.randint(0, 2 * self.margin + 1, (2, n), generator=draws).to(device)
+        flips = (torch.rand(n, generator=draws) < 0.5).to(device)
+        for step in range(start, steps):
+            part = slice(step * batch_size, (step + 1) * batch_size)
+            chosen = order[part]
+            images = self.images[chosen]
+            if self.margin:
+                images = _crop(images, self.margin, *offsets[:, part])
+            if self.flip:
+                images = torch.where(flips[part].view(-1, 1, 1, 1), images.flip(3), images)
+            yield self._normalise(images), self.labels[chosen]
+
+    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Return float32 input, by the same operations in the same order as ``Preprocessing.apply``."""
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+def _crop(images: torch.Tensor, margin: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Pad each image by ``margin`` zeros on all sides and cut its own size out at (row, column)."""
+    n, _, height, width = images.shape
+    padded = F.pad(images, (margin, margin, margin, margin))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2m+1, 2m+1, H, W), a view
+    return windows[torch.arange(n, device=images.device), :, rows, columns]
