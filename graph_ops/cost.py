@@ -7,7 +7,8 @@ and bool tensors are sizes and indices and count nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -59,6 +60,76 @@ def params(graph: Graph) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class Term:
+    """One summand of a cost: ``scale`` times the number of kept positions of each factor."""
+
+    scale: int
+    factors: tuple[np.ndarray, ...]
+
+
+class Tally:
+    """A sum of terms over kept units, in a few array operations; what a few more units would add is found locally."""
+
+    def __init__(self, terms: Sequence[Term], units: int) -> None:
+        """Prepare the sum.
+
+        Args:
+            terms: the summands.
+            units: how many units there are.
+        """
+        numbers: dict[bytes, int] = {}
+        vectors: list[np.ndarray] = []
+        width = max((len(t.factors) for t in terms), default=1)
+        # Factors are numbers of distinct vectors; number 0 is a factor of one.
+        self._factors = np.zeros((len(terms), width), np.int64)
+        for row, term in zip(self._factors, terms, strict=True):
+            for i, vector in enumerate(term.factors):
+                row[i] = numbers.setdefault(vector.tobytes(), len(vectors) + 1)
+                if row[i] > len(vectors):
+                    vectors.append(vector)
+        self._scale = np.asarray([t.scale for t in terms], np.int64)
+        self._units = np.concatenate([np.zeros(0, np.int64), *vectors]).astype(np.int64)
+        self._vector = np.repeat(np.arange(1, len(vectors) + 1), [len(v) for v in vectors])
+        self._size = len(vectors) + 1
+        # Where each unit stands in the vectors, and each vector in the terms.
+        self._by_unit = np.argsort(self._units, kind="stable")
+        self._unit_starts = np.searchsorted(self._units[self._by_unit], np.arange(units + 1))
+        flat = self._factors.ravel()
+        self._by_vector = np.argsort(flat, kind="stable")
+        self._vector_starts = np.searchsorted(flat[self._by_vector], np.arange(self._size + 1))
+        self._by_vector //= width
+
+    def counts(self, keep: np.ndarray) -> np.ndarray:
+        """Kept positions of every distinct vector, int64; to be handed to :meth:`more`."""
+        counts = np.bincount(self._vector[keep[self._units]], minlength=self._size)
+        counts[0] = 1
+        return counts
+
+    def total(self, counts: np.ndarray) -> int:
+        """The sum."""
+        return int((self._scale * counts[self._factors].prod(1)).sum())
+
+    def more(self, counts: np.ndarray, units: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+        """What the sum grows by when units come back that were not kept.
+
+        Returns:
+            The growth, and the vectors whose counts change with by how much: ``counts[vectors] += growth_of_each``.
+        """
+        places = np.concatenate([self._by_unit[self._unit_starts[u]:self._unit_starts[u + 1]] for u in units])
+        vectors, growth = np.unique(self._vector[places], return_counts=True)
+        if not len(vectors):
+            return 0, vectors, growth
+        terms = np.unique(np.concatenate(
+            [self._by_vector[self._vector_starts[v]:self._vector_starts[v + 1]] for v in vectors]))
+        factors, scale = self._factors[terms], self._scale[terms]
+        before = counts[factors].prod(1)
+        counts[vectors] += growth
+        after = counts[factors].prod(1)
+        counts[vectors] -= growth
+        return int((scale * (after - before)).sum()), vectors, growth
+
+
 class CostModel:
     """Predicts MACs and parameters of a cut from the analysis, without making it."""
 
@@ -66,45 +137,60 @@ class CostModel:
         self.analysis = analysis
         self.total_macs = macs(analysis.graph, analysis.probe.shapes)
         self.total_params = params(analysis.graph)
-        everything = np.ones(analysis.units, bool)
-        self._fixed_macs = self.total_macs - self._labelled_macs(everything)
-        self._tensors = self._stored_tensors()
-        self._fixed_params = self.total_params - self._labelled_params(everything)
+        self._tallies: dict[str, tuple[int, Tally]] = {}
+
+    def tally(self, name: str) -> tuple[int, Tally]:
+        """The part of a cost that no cut changes, and the sum that follows the kept units.
+
+        Args:
+            name: ``macs``, ``params`` or ``channels``.
+        """
+        if name not in self._tallies:
+            if name == "channels":
+                fixed, terms = 0, [Term(1, (np.flatnonzero(~self.analysis.pinned),))]
+            elif name == "macs":
+                fixed, terms = self.total_macs, [Term(w.scale, w.factors) for w in self.analysis.works]
+            else:
+                fixed, terms = self.total_params, self._stored_tensors()
+            tally = Tally(terms, self.analysis.units)
+            if name != "channels":
+                fixed -= tally.total(tally.counts(np.ones(self.analysis.units, bool)))
+            self._tallies[name] = fixed, tally
+        return self._tallies[name]
 
     def macs(self, keep: np.ndarray) -> int:
         """MACs when only the units ``keep`` are left."""
-        return self._fixed_macs + self._labelled_macs(keep)
+        return self._cost("macs", keep)
 
     def params(self, keep: np.ndarray) -> int:
         """Parameters when only the units ``keep`` are left."""
-        return self._fixed_params + self._labelled_params(keep)
+        return self._cost("params", keep)
 
     def channels(self, keep: np.ndarray) -> int:
         """Prunable units that are left."""
-        return int((keep & ~self.analysis.pinned).sum())
+        return self._cost("channels", keep)
 
-    def _labelled_macs(self, keep: np.ndarray) -> int:
-        return sum(w.scale * product(int(keep[v].sum()) for v in w.factors) for w in self.analysis.works)
+    def _cost(self, name: str, keep: np.ndarray) -> int:
+        fixed, tally = self.tally(name)
+        return fixed + tally.total(tally.counts(keep))
 
-    def _stored_tensors(self) -> list[tuple[int, list[list[np.ndarray]]]]:
-        """(elements per combination of labelled positions, label vectors of each distinct slice) of each stored tensor."""
-        uses: dict[str, dict[bytes, tuple[str, dict[int, np.ndarray]]]] = {}
+    def _stored_tensors(self) -> list[Term]:
+        """Elements of each stored tensor that follows labels."""
+        uses: dict[str, tuple[str, dict[int, np.ndarray]]] = {}
         for operand in self.analysis.operands:
             name = operand.node.inputs[operand.input]
             stored = self._stored(name)
             if stored is not None:
-                marks = b"".join(bytes([a]) + v.tobytes() for a, v in sorted(operand.axes.items()))
-                uses.setdefault(stored, {})[marks] = (name, operand.axes)
-        tensors = []
-        for slices in uses.values():
-            # Uses that want different slices get a copy each, but only once something is cut: the first one counts.
-            name, axes = next(iter(slices.values()))
+                # Uses that want different slices get a copy each, but only once something is cut: the first one counts.
+                uses.setdefault(stored, (name, operand.axes))
+        terms = []
+        for name, axes in uses.values():
             rest = product(d for a, d in enumerate(self.analysis.probe.shapes[name]) if a not in axes)
-            tensors.append((rest, [list(axes.values())]))
-        return tensors
+            terms.append(Term(rest, tuple(axes.values())))
+        return terms
 
     def _stored(self, name: str) -> str | None:
-        """The initializer or Constant that holds a static tensor's elements, ``None`` when it is not stored one to one."""
+        """The initializer or Constant that holds a static tensor's elements one to one, if there is one."""
         graph, shapes = self.analysis.graph, self.analysis.probe.shapes
         size = product(shapes.get(name, ()))
         while name not in graph.initializers:
@@ -115,7 +201,3 @@ class CostModel:
                 return None
             name = node.inputs[0]
         return None if graph.initializers[name].data_type in NO_WEIGHTS else name
-
-    def _labelled_params(self, keep: np.ndarray) -> int:
-        return sum(rest * product(int(keep[v].sum()) for v in vectors)
-                   for rest, slices in self._tensors for vectors in slices)

@@ -142,29 +142,31 @@ class Cut:
             helper.make_node("Gather", [proto.input[0], index], [out], name=self._name(f"{node.name}_gather"), axis=axis))
         proto.input[0] = out
 
-    def resize_operand(self, node: Node, index: int, *, copies: bool = False) -> None:
+    def resize_operand(self, node: Node, index: int) -> None:
         """Rewrite an operand that holds the output's sizes (Reshape, Expand, Resize).
 
         Args:
             node: the node.
             index: which input holds the sizes.
-            copies: whether entries 0 (copy the input's size) and -1 (infer) have their Reshape meaning.
         """
+        # In a Reshape -1 is inferred, and 0 copies the input's size unless the node says otherwise.
+        infers = node.op_type == "Reshape"
+        copies = infers and not node.attribute("allowzero", 0)
         x, y, name = node.inputs[0], node.outputs[0], node.inputs[index]
         written = self.value(name) if name not in self.probe.varying else None
         kept = [self.kept(y, a) for a in range(len(self.shape(y)))]
-        if all(k is None for k in kept) and not (copies and self._changed(x)):
+        if all(k is None for k in kept) and not (infers and self._changed(x)):
             return
         offset = len(self.shape(y)) - (len(written) if written is not None else len(self.shape(y)))
         moving = self.probe.moving_axes(y)
         target: list[int | None] = []
         for a in range(offset, len(self.shape(y))):
             old = None if written is None else int(written[a - offset])
-            if copies and old == -1:
+            if infers and old == -1:
                 target.append(-1)
             elif copies and old == 0 and a < len(self.shape(x)) and self._same(x, y, a):
                 target.append(0)
-            elif not copies and old == 1:
+            elif not infers and old == 1:
                 target.append(1)
             elif kept[a] is not None and not moving[a]:
                 target.append(len(kept[a]))
@@ -174,7 +176,7 @@ class Cut:
                 target.append(0)
             else:
                 target.append(None)
-        if copies and target.count(None) == 1 and -1 not in target:
+        if infers and target.count(None) == 1 and -1 not in target:
             target[target.index(None)] = -1
         if None in target:
             self._patch(node, index, target)

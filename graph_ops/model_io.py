@@ -9,16 +9,16 @@ import tempfile
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from onnx import checker, external_data_helper, inliner, shape_inference
 
+from . import wire
 from .errors import ModelError, OutputError
 from .files import atomic_write
-from . import wire
 from .graph import external_position, raw_bytes, subgraphs
+from .wire import PACKED_TYPES, copy_fields
 
 _T = onnx.TensorProto
-PACKED_TYPES = frozenset(getattr(_T, name) for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2") if hasattr(_T, name))
 FEEDABLE_TYPES = frozenset({_T.FLOAT, _T.DOUBLE, _T.FLOAT16, _T.INT8, _T.UINT8, _T.INT32})
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 PROTOBUF_LIMIT = 2**31 - 2**20
@@ -87,9 +87,9 @@ def _locate_external_data(model: onnx.ModelProto, path: Path) -> None:
     own = {id(t) for t in model.graph.initializer}
     in_model = str(path.resolve())
     for tensor in external_data_helper._get_all_tensors(model):
-        if not external_data_helper.uses_external_data(tensor) or external_position(tensor)[0] == in_model:
-            continue
         entry = {e.key: e.value for e in tensor.external_data}
+        if not external_data_helper.uses_external_data(tensor) or entry.get("location") == in_model:
+            continue
         location = Path(entry.get("location", ""))
         file = (path.parent / location).resolve()
         folder = path.parent.resolve()
@@ -156,19 +156,6 @@ def split_weights(model: onnx.ModelProto, limit: int = 1024) -> tuple[onnx.Model
         if tensor.name not in inputs:
             skeleton.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     return skeleton, weights
-
-
-def copy_fields(source: Message, target: Message, leave_out: tuple[str, ...] = ()) -> None:
-    """Copy the fields of a protobuf message but for some."""
-    for descriptor, value in source.ListFields():
-        if descriptor.name in leave_out:
-            continue
-        if descriptor.is_repeated:
-            getattr(target, descriptor.name).extend(value)
-        elif descriptor.message_type is not None:
-            getattr(target, descriptor.name).CopyFrom(value)
-        else:
-            setattr(target, descriptor.name, value)
 
 
 def data_files(path: str | Path) -> set[Path]:
@@ -242,13 +229,16 @@ def save(model: onnx.ModelProto, path: str | Path, *, external: bool = False) ->
         OutputError: the file cannot be written.
     """
     path = Path(path)
-    if not external and total_bytes(model) < PROTOBUF_LIMIT:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(to_bytes(model))
+    total, pieces = wire.write_model(model)
+    if not external and total < PROTOBUF_LIMIT:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    folder: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         data = f"{path.name}.data"
         stub = _write_external(model, folder / data, data)
         (folder / path.name).write_bytes(stub.SerializeToString())
@@ -258,12 +248,13 @@ def save(model: onnx.ModelProto, path: str | Path, *, external: bool = False) ->
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def total_bytes(model: onnx.ModelProto) -> int:
     """Size of the model with all its weights."""
-    return model.ByteSize() + sum(p[2] for p in map(external_position, model.graph.initializer) if p is not None)
+    return wire.write_model(model)[0]
 
 
 def to_bytes(model: onnx.ModelProto) -> bytes:
@@ -272,24 +263,19 @@ def to_bytes(model: onnx.ModelProto) -> bytes:
     Raises:
         ModelError: it is larger than protobuf's 2 GB.
     """
-    if total_bytes(model) >= PROTOBUF_LIMIT:
+    total, pieces = wire.write_model(model)
+    if total >= PROTOBUF_LIMIT:
         raise ModelError("the model is larger than 2 GB and needs external data.")
-    return with_weights(model).SerializeToString()
+    return b"".join(pieces)
 
 
 def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy that holds all its weights itself, as other libraries expect."""
-    whole = onnx.ModelProto()
-    copy_fields(model, whole, leave_out=("graph",))
-    copy_fields(model.graph, whole.graph, leave_out=("initializer",))
-    for tensor in model.graph.initializer:
-        entry = whole.graph.initializer.add()
-        if external_position(tensor) is None:
-            entry.CopyFrom(tensor)
-        else:
-            copy_fields(tensor, entry, leave_out=("external_data", "data_location"))
-            entry.raw_data = bytes(raw_bytes(tensor))
-    return whole
+    """Return a copy of a model with all its weights inside.
+
+    Raises:
+        ModelError: it is larger than protobuf's 2 GB.
+    """
+    return onnx.ModelProto.FromString(to_bytes(model))
 
 
 def _write_external(model: onnx.ModelProto, file: Path, location: str) -> onnx.ModelProto:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,53 +62,58 @@ class Planner:
             budget: what to meet.
         """
         self.analysis, self.base, self.budget = analysis, base, budget
-        model = CostModel(analysis)
-        self.cost: Callable[[np.ndarray], int] = {
-            "keep_macs": model.macs, "keep_params": model.params, "keep_channels": model.channels}[budget.name]
+        self.fixed, self.tally = CostModel(analysis).tally(budget.name.removeprefix("keep_"))
         self.full = self.cost(np.ones(analysis.units, bool))
-        self.vectors = [v for v in analysis.vectors() if not analysis.pinned[v].any()]
+        vectors = [v for v in analysis.vectors() if not analysis.pinned[v].any()]
+        self.vectors = vectors
+        self._positions = np.concatenate([np.zeros(0, np.int64), *vectors])
+        self._starts = np.cumsum([0, *(len(v) for v in vectors)])[:-1]
+        self._sources: dict[int, set[int]] = {}
+        for fork in analysis.forks:
+            for source, label in zip(fork.source.tolist(), fork.labels.tolist(), strict=True):
+                self._sources.setdefault(label, set()).add(source)
         self.scores = scores.copy()
         for fork in analysis.forks:  # a shared stream's channel goes when all of its readers dropped it, not before
             self.scores[fork.source] = np.nan
-        scores = self.scores
-        self.orders: list[np.ndarray] = []  # per group: removable units, most important first
-        self.floors: list[int] = []  # per group: how many of them stay at least
-        self.steps: list[int] = []
-        self.held: list[int] = []  # per group: units that stay anyway
-        for group in analysis.groups:
-            free = group.units[base[group.units] & ~analysis.pinned[group.units] & ~np.isnan(scores[group.units])]
-            held = int(base[group.units].sum()) - len(free)
-            self.orders.append(free[np.argsort(-scores[free], kind="stable")])
-            self.held.append(held)
-            self.steps.append(alignment_step(len(group.units), budget.align))
-            least = max(1, int(np.ceil(budget.min_keep * len(group.units))))
-            self.floors.append(min(len(free), max(0, least - held)))
+        self.groups = [self._group(group.units) for group in analysis.groups]
+
+    def _group(self, units: np.ndarray) -> _Group:
+        fixed = self.analysis.pinned[units] | (np.isnan(self.scores[units]) & self.base[units])
+        alive, dead = units[~fixed & self.base[units]], units[~fixed & ~self.base[units]]
+        order = np.concatenate([alive[np.argsort(-self.scores[alive], kind="stable")], dead])
+        held = int(fixed.sum())
+        step = alignment_step(len(units), self.budget.align)
+        floor = min(max(0, max(1, int(np.ceil(self.budget.min_keep * len(units)))) - held), len(alive))
+        totals = range(step * -(-(held + floor) // step), len(units) + 1, step)
+        options = sorted({total - held for total in totals if total >= held}) or [len(alive)]
+        return _Group(order, len(alive), options)
+
+    def cost(self, keep: np.ndarray) -> int:
+        """What the budget limits, when only the units ``keep`` are left."""
+        return self.fixed + self.tally.total(self.tally.counts(keep))
 
     def counts(self, share: float) -> list[int]:
-        """Kept free units per group when the fraction ``share`` of the ranking stays, rounded up to the steps."""
+        """Kept units per group when the fraction ``share`` of the ranking stays, rounded to the steps."""
         if self.budget.scope == "layer":
-            raw = [int(np.ceil(share * len(order))) for order in self.orders]
+            raw = [int(np.ceil(share * group.alive)) for group in self.groups]
         else:
-            ranked = np.sort(np.concatenate([self.scores[order] for order in self.orders]))[::-1]
+            ranked = np.sort(np.concatenate([self.scores[g.order[: g.alive]] for g in self.groups]))[::-1]
             stays = int(np.ceil(share * len(ranked)))
             threshold = ranked[stays - 1] if stays else np.inf
-            raw = [int((self.scores[order] >= threshold).sum()) for order in self.orders]
-        return [self.rounded(g, count) for g, count in enumerate(raw)]
-
-    def rounded(self, g: int, count: int) -> int:
-        """Round a group's count up to its step, not under its floor and not over what it has."""
-        count = max(count, self.floors[g])
-        total = count + self.held[g]
-        total = -(-total // self.steps[g]) * self.steps[g]
-        return min(len(self.orders[g]), total - self.held[g])
+            raw = [int((self.scores[g.order[: g.alive]] >= threshold).sum()) for g in self.groups]
+        return [group.rounded(count) for group, count in zip(self.groups, raw, strict=True)]
 
     def keep(self, counts: list[int]) -> np.ndarray:
         """Turn counts into units; every axis keeps at least one position."""
         keep = self.base.copy()
-        for order, count in zip(self.orders, counts, strict=True):
-            keep[order[count:]] = False
+        for group, count in zip(self.groups, counts, strict=True):
+            keep[group.order[:count]] = True
+            keep[group.order[count:]] = False
         keep = self.analysis.drop_unread(keep)
-        for vector in self.vectors:
+        if not self.vectors:
+            return keep
+        for v in np.flatnonzero(~np.logical_or.reduceat(keep[self._positions], self._starts)):
+            vector = self.vectors[v]
             if not keep[vector].any():
                 alive = vector[self.base[vector]]
                 keep[alive[np.argmax(np.nan_to_num(self.scores[alive], nan=np.inf))]] = True
@@ -121,45 +126,62 @@ class Planner:
             PlanError: even the smallest allowed model costs more; the message names the best reachable fraction.
         """
         target = self.budget.fraction * self.full
-        if self.cost(self.base) <= target:
-            return self.base.copy()
-        total = sum(len(order) for order in self.orders)
+        if self.cost(self.base) <= target:  # exact removal is enough; fill up to the steps where that fits
+            whole = [group.rounded_up(group.alive) for group in self.groups]
+            return self.keep(self._fill([group.alive for group in self.groups], whole, target))
+        total = sum(group.alive for group in self.groups)
         low, high = 0, total  # low: known to fit (checked below), high: known not to
-        least = self.counts(0.0)
-        if (reached := self.cost(self.keep(least))) > target:
+        if (reached := self.cost(self.keep(self.counts(0.0)))) > target:
             raise PlanError(
-                f"--{self.budget.name.replace('_', '-')} {self.budget.fraction:g} cannot be reached: the smallest model that "
-                f"--min-keep {self.budget.min_keep:g} and the pinned channels allow has "
-                f"{np.ceil(1e4 * reached / self.full) / 1e4:g}.")
+                f"--{self.budget.name.replace('_', '-')} {self.budget.fraction:g} cannot be reached: the smallest model "
+                f"that --min-keep {self.budget.min_keep:g} and the pinned channels allow has "
+                f"{np.ceil(1e4 * reached / self.full) / 1e4:g}."
+            )
         while high - low > 1:
             middle = (low + high) // 2
             if self.cost(self.keep(self.counts(middle / total))) <= target:
                 low = middle
             else:
                 high = middle
-        return self.keep(self._fill(self.counts(low / total), target))
+        counts = self.counts(low / total)
+        while True:
+            more = [group.next(count) for group, count in zip(self.groups, counts, strict=True)]
+            filled = self._fill(counts, more, target)
+            if filled == counts:
+                break
+            counts = filled
+        # What no step could use: whole groups of an odd width, unaligned as they were.
+        return self.keep(self._fill(counts, [max(g.alive, c) for g, c in zip(self.groups, counts, strict=True)], target))
 
     def _fill(self, counts: list[int], target: float) -> list[int]:
         """Give back, step by step, the most important units that still fit."""
-        open_groups = set(range(len(counts)))
-        while open_groups:
-            best, best_score = -1, -np.inf
-            for g in open_groups:
-                if counts[g] < len(self.orders[g]):
-                    score = self.scores[self.orders[g][counts[g]]]
-                    if self.budget.scope == "layer":  # the group that lost the largest share comes first
-                        score = 1 - counts[g] / len(self.orders[g])
-                    if score > best_score:
-                        best, best_score = g, score
-            if best < 0:
-                return counts
-            tried = counts.copy()
-            tried[best] = self.rounded(best, counts[best] + 1)
-            if self.cost(self.keep(tried)) <= target:
-                counts = tried
-            else:
-                open_groups.discard(best)
+        keep = self.keep(counts)
+        kept = self.tally.counts(keep)
+        cost = self.fixed + self.tally.total(kept)
+        queue = [(self._urgency(g, count), g) for g, count in enumerate(counts) if count < len(self.orders[g])]
+        heapq.heapify(queue)
+        while queue:
+            _, g = heapq.heappop(queue)
+            count = self.rounded(g, counts[g] + 1)
+            back = self.orders[g][counts[g]:count]
+            back = np.union1d(back, [s for unit in back.tolist() for s in self._sources.get(unit, ()) if self.base[s]])
+            back = back[~keep[back]].astype(np.int64)
+            growth, vectors, each = self.tally.more(kept, back)
+            if cost + growth > target:
+                continue
+            cost += growth
+            kept[vectors] += each
+            keep[back] = True
+            counts[g] = count
+            if count < len(self.orders[g]):
+                heapq.heappush(queue, (self._urgency(g, count), g))
         return counts
+
+    def _urgency(self, g: int, count: int) -> float:
+        """Rank of a group's next unit: the most important first, or the group that lost the largest share."""
+        if self.budget.scope == "layer":
+            return count / len(self.orders[g])
+        return -float(self.scores[self.orders[g][count]])
 
 
 def to_json(analysis: Analysis, keep: np.ndarray, facts: dict[str, Any]) -> str:

@@ -165,7 +165,11 @@ def _decide(config: SlimConfig, analysis: Analysis, known: Constants) -> _Decisi
         keep = planning.from_json(analysis, text, str(config.plan))
         exact = not (base & ~keep).any()
         return _Decision(keep, carry(analysis, known, keep), exact, None)
-    if fraction is None:
+    if fraction is None and config.align in ("auto", 1):
+        return _Decision(base, carry(analysis, known, base), True, None)
+    if fraction is None:  # dead channels stay where they fill up a step
+        budget = planning.Budget("keep_channels", 1.0, align=config.align)
+        base = planning.Planner(analysis, np.zeros(analysis.units), base, budget).solve()
         return _Decision(base, carry(analysis, known, base), True, None)
     criterion = config.criterion or DEFAULT_CRITERION
     scores = importance(analysis, criterion, scope=config.scope, seed=config.seed)

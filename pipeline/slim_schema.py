@@ -25,7 +25,8 @@ class SlimConfig(BaseModel):
         keep_params: fraction of parameters that stays.
         scope: ``global`` ranks the channels of all groups together; ``layer`` takes the same fraction of every group.
         criterion: importance criterion, see ``--list-criteria``; ``None`` means l2.
-        align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, 1 is off.
+        align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, 1 is off. Exact
+            removal takes every dead channel under ``auto``; with a number, dead channels stay to fill up the steps.
         min_keep: fraction of its channels that every group keeps at least.
         norms: ``pin`` keeps an axis whole when a LayerNorm, GroupNorm or reduction runs across it; ``release`` cuts it.
         select_inputs: prune pre-activation and dense nets per consumer, through a Gather in front of the BatchNormalization.

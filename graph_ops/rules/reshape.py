@@ -102,7 +102,7 @@ class Reshape(Move):
 
     def rewrite(self, node: Node, cut: Cut) -> None:
         if node.op_type == "Reshape":
-            cut.resize_operand(node, 1, copies=not node.attribute("allowzero", 0))
+            cut.resize_operand(node, 1)
         elif node.op_type == "Squeeze" and not node.attribute("axes") and not any(node.inputs[1:]):
             # Without axes it takes every length of 1, also that of an axis that was cut to one position.
             axes = [a for a, n in enumerate(cut.shape(node.inputs[0])) if n == 1]

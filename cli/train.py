@@ -1,0 +1,90 @@
+"""``prune-onnx train``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prune_onnx.graph_ops.progress import Progress
+from prune_onnx.trainers.config import TrainConfig
+
+from .command import StageCommand
+from .listing import Listing, Rows, described_by_module, described_unimported
+from .output import show_train
+
+if TYPE_CHECKING:
+    from prune_onnx.pipeline.train import TrainResult
+
+EPILOG = """\b
+Examples:
+  prune-onnx train --model bn-cnn --dataset digits --method proximal-ns -o runs/digits
+  prune-onnx train --model vgg16 --dataset cifar10 --method network-slimming --data-dir data -o runs/vgg16
+  prune-onnx train -o runs/vgg16 --resume               goes on with the run's own options
+"""
+
+
+def work(config: TrainConfig, progress: Progress) -> TrainResult:
+    """Train a network whose channels die by construction, and write it as ONNX.
+
+    The run folder gets model.onnx (with its BatchNorm layers, which slim needs), config.toml, metrics.jsonl,
+    checkpoint.pt, environment.json and result.json. Ctrl-C saves first; --resume goes on bit for bit.
+    """
+    from prune_onnx.pipeline.train import train
+
+    return train(config, progress)
+
+
+def models() -> Rows:
+    """Return the networks."""
+    from prune_onnx.trainers.models import MODELS
+
+    return described_unimported(MODELS, "prune_onnx.trainers.models")
+
+
+def datasets() -> Rows:
+    """Return the data sets."""
+    from prune_onnx.trainers.data import DATASETS
+
+    return described_by_module(DATASETS)
+
+
+def methods() -> Rows:
+    """Return the training methods."""
+    from prune_onnx.trainers.methods import METHODS
+
+    return described_unimported(METHODS, "prune_onnx.trainers.methods")
+
+
+def own_config(given: Mapping[str, Any]) -> Path | None:
+    """Return the options of the run that is resumed."""
+    if given.get("resume") and "output" in given:
+        path = Path(given["output"]) / "config.toml"
+        return path if path.exists() else None
+    return None
+
+
+command = StageCommand(
+    "train",
+    TrainConfig,
+    work,
+    show_train,
+    arguments={},
+    sections={
+        "What to train": ("model", "dataset", "method", "output", "resume", "epochs", "width"),
+        "Data": ("data_dir", "download", "validation", "augment", "mean", "std"),
+        "Optimisation": (
+            "batch_size", "lr", "momentum", "nesterov", "weight_decay", "norm_decay", "schedule", "milestones",
+            "lr_decay", "warmup_epochs", "clip", "device", "precision", "checkpoint_every",
+        ),
+        "Sparsity (the method's own)": ("lambda", "penalty", "every", "init_gamma"),
+    },
+    metavars={"model": "NAME", "dataset": "NAME", "method": "NAME", "output": "RUN_DIR", "data_dir": "DIR"},
+    listings=(
+        Listing("--list-models", "List the networks, and stop.", models),
+        Listing("--list-datasets", "List the data sets, and stop.", datasets),
+        Listing("--list-methods", "List the training methods, and stop.", methods),
+    ),
+    config_of=own_config,
+    epilog=EPILOG,
+)  # fmt: skip
