@@ -15,6 +15,9 @@ from .errors import PlanError
 
 SCHEMA_VERSION = 1
 
+# Aligned widths are worth this much of a budget: an unaligned layer leaves the runtime's fast path, which costs more.
+ODD_WIDTHS = 0.9
+
 
 def alignment_step(channels: int, align: int | str) -> int:
     """Return the step that a group's kept count is rounded up to.
@@ -64,10 +67,9 @@ class Planner:
         self.analysis, self.base, self.budget = analysis, base, budget
         self.fixed, self.tally = CostModel(analysis).tally(budget.name.removeprefix("keep_"))
         self.full = self.cost(np.ones(analysis.units, bool))
-        vectors = [v for v in analysis.vectors() if not analysis.pinned[v].any()]
-        self.vectors = vectors
-        self._positions = np.concatenate([np.zeros(0, np.int64), *vectors])
-        self._starts = np.cumsum([0, *(len(v) for v in vectors)])[:-1]
+        self.vectors = [v for v in analysis.vectors() if not analysis.pinned[v].any()]
+        self._positions = np.concatenate([np.zeros(0, np.int64), *self.vectors])
+        self._starts = np.cumsum([0, *(len(v) for v in self.vectors)])[:-1]
         self._sources: dict[int, set[int]] = {}
         for fork in analysis.forks:
             for source, label in zip(fork.source.tolist(), fork.labels.tolist(), strict=True):
@@ -127,8 +129,7 @@ class Planner:
         """
         target = self.budget.fraction * self.full
         if self.cost(self.base) <= target:  # exact removal is enough; fill up to the steps where that fits
-            whole = [group.rounded_up(group.alive) for group in self.groups]
-            return self.keep(self._fill([group.alive for group in self.groups], whole, target))
+            return self._filled_up(target)
         total = sum(group.alive for group in self.groups)
         low, high = 0, total  # low: known to fit (checked below), high: known not to
         if (reached := self.cost(self.keep(self.counts(0.0)))) > target:
@@ -143,52 +144,90 @@ class Planner:
                 low = middle
             else:
                 high = middle
-        counts = self.counts(low / total)
-        while True:
-            more = [group.next(count) for group, count in zip(self.groups, counts, strict=True)]
-            filled = self._fill(counts, more, target)
-            if filled == counts:
-                break
-            counts = filled
-        # What no step could use: whole groups of an odd width, unaligned as they were.
-        return self.keep(self._fill(counts, [max(g.alive, c) for g, c in zip(self.groups, counts, strict=True)], target))
+        counts = self._fill(self.counts(low / total), target)
+        if self.cost(self.keep(counts)) < ODD_WIDTHS * target:
+            # The steps are too coarse for this budget: let whole groups of an odd width stay as they were.
+            counts = self._fill(counts, target, whole=True)
+        return self.keep(counts)
 
-    def _fill(self, counts: list[int], target: float) -> list[int]:
-        """Give back, step by step, the most important units that still fit."""
+    def _filled_up(self, target: float) -> np.ndarray:
+        """Nothing that is alive goes; dead units stay where they make a group's width a multiple of its step."""
+        counts = [group.alive for group in self.groups]
+        for g, group in enumerate(self.groups):
+            tried = [*counts[:g], max(group.rounded(group.alive), group.alive), *counts[g + 1 :]]
+            if tried != counts and self.cost(self.keep(tried)) <= target:
+                counts = tried
+        return self.keep(counts)
+
+    def _fill(self, counts: list[int], target: float, *, whole: bool = False) -> list[int]:
+        """Give back what still fits, the most important units first, in steps or whole groups at a time."""
+        counts = counts.copy()
         keep = self.keep(counts)
         kept = self.tally.counts(keep)
         cost = self.fixed + self.tally.total(kept)
-        queue = [(self._urgency(g, count), g) for g, count in enumerate(counts) if count < len(self.orders[g])]
+        queue = [(self._urgency(g, counts[g]), g) for g in range(len(counts)) if self._more(g, counts[g], whole)]
         heapq.heapify(queue)
         while queue:
             _, g = heapq.heappop(queue)
-            count = self.rounded(g, counts[g] + 1)
-            back = self.orders[g][counts[g]:count]
+            count = counts[g] + self._more(g, counts[g], whole)
+            back = self.groups[g].order[counts[g] : count]
             back = np.union1d(back, [s for unit in back.tolist() for s in self._sources.get(unit, ()) if self.base[s]])
-            back = back[~keep[back]].astype(np.int64)
-            growth, vectors, each = self.tally.more(kept, back)
+            back = back[~keep[back.astype(np.int64)]].astype(np.int64)
+            growth, vectors, each = self.tally.more(kept, back) if len(back) else (0, [], 0)
             if cost + growth > target:
                 continue
             cost += growth
             kept[vectors] += each
             keep[back] = True
             counts[g] = count
-            if count < len(self.orders[g]):
+            if self._more(g, count, whole):
                 heapq.heappush(queue, (self._urgency(g, count), g))
         return counts
 
+    def _more(self, g: int, count: int, whole: bool) -> int:
+        """How many units a group would take back next."""
+        group = self.groups[g]
+        return max(group.alive - count, 0) if whole else group.next(count) - count
+
     def _urgency(self, g: int, count: int) -> float:
         """Rank of a group's next unit: the most important first, or the group that lost the largest share."""
+        group = self.groups[g]
         if self.budget.scope == "layer":
-            return count / len(self.orders[g])
-        return -float(self.scores[self.orders[g][count]])
+            return count / group.alive
+        return -float(self.scores[group.order[count]])
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One group's removable units.
+
+    Attributes:
+        order: units by importance, those that exact removal would take last: they may stay to fill up a step.
+        alive: how many of them carry anything.
+        options: counts that make the group's width a multiple of its step, ascending.
+    """
+
+    order: np.ndarray
+    alive: int
+    options: list[int]
+
+    def rounded(self, count: int) -> int:
+        """The smallest aligned count that is large enough, else the largest."""
+        return next((option for option in self.options if option >= count), self.options[-1])
+
+    def next(self, count: int) -> int:
+        """The next aligned count that keeps more that is alive, or ``count`` when there is none."""
+        if count >= self.alive:
+            return count
+        return next((option for option in self.options if option > count), count)
 
 
 def to_json(analysis: Analysis, keep: np.ndarray, facts: dict[str, Any]) -> str:
     """Write a plan: for every group the indices of the units that stay, in the group's channel order."""
     groups = [{"name": g.name, "channels": len(g.units), "kept": np.flatnonzero(keep[g.units]).tolist()}
               for g in analysis.groups]
-    return json.dumps({"schema_version": SCHEMA_VERSION, "kind": "prune-onnx plan", **facts, "groups": groups}, indent=1)
+    head = {"schema_version": SCHEMA_VERSION, "kind": "prune-onnx plan"}
+    return json.dumps({**head, **facts, "groups": groups}, indent=1)
 
 
 def from_json(analysis: Analysis, text: str, source: str = "the plan") -> np.ndarray:

@@ -205,6 +205,16 @@ def _stamp(result: onnx.ModelProto, config: SlimConfig) -> None:
     result.metadata_props.add(key="prune_onnx.slim", value=json.dumps([entry]))
 
 
+def _odd_widths(analysis: Analysis, keep: np.ndarray) -> list[str]:
+    """Convolutions whose output was cut to a width that leaves the runtime's fast path, as ``name 64 -> 33``."""
+    odd = []
+    for producer in analysis.producers:
+        before, after = len(producer.labels), int(keep[producer.labels].sum())
+        if producer.node.op_type == "Conv" and after < before and after % 4 and not before % 4:
+            odd.append(f"{producer.node.name} {before} to {after}")
+    return odd
+
+
 def _plan_facts(config: SlimConfig, decision: _Decision) -> dict[str, object]:
     return {"budget": config.budget[0], "fraction": config.budget[1], "criterion": decision.criterion,
             "norms": config.norms, "ignore": list(config.ignore)}
@@ -217,6 +227,11 @@ def _report(config: SlimConfig, analysis: Analysis, decision: _Decision, before:
                     pinned_by=list(g.pinned_by)) for g in analysis.groups]
     channels = sum(int((~keep[p.labels]).sum()) for p in analysis.producers if p.weight is not None)
     edits = decision.edits
+    odd = _odd_widths(analysis, keep)
+    if odd:
+        notes.append(f"{len(odd)} convolutions are left with a width that is no multiple of 4 ({', '.join(odd[:4])}"
+                     f"{', ...' if len(odd) > 4 else ''}); ONNX Runtime may run them slower than wider ones. "
+                     "A budget, or --align 4, keeps widths aligned.")
     if not any(g.channels > g.kept for g in groups):
         notes.append("nothing was removed: no channel can go under these options")
     return SlimResult(
