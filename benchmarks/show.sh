@@ -26,6 +26,11 @@ show prune-onnx train --model lenet5-bn --dataset mnist --method proximal-ns --e
 show prune-onnx slim "$out/lenet/model.onnx" "$out/lenet-slim.onnx"
 show prune-onnx eval "$out/lenet-slim.onnx" --baseline "$out/lenet/model.onnx" --dataset mnist
 
-show prune-onnx slim "$models/resnet20-cifar10.onnx" "$out/resnet20-slim.onnx" --keep-macs 0.7 --criterion l2
+# The same budget, first by weight norms alone, then with 1,024 unlabelled training images.
+show prune-onnx slim "$models/resnet20-cifar10.onnx" "$out/resnet20-l2.onnx" --keep-macs 0.7 --criterion l2
+show prune-onnx eval "$out/resnet20-l2.onnx" --baseline "$models/resnet20-cifar10.onnx" --dataset cifar10 \
+    --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+show prune-onnx slim "$models/resnet20-cifar10.onnx" "$out/resnet20-slim.onnx" --keep-macs 0.7 \
+    --calibration cifar10 --calibration-size 1024 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
 show prune-onnx eval "$out/resnet20-slim.onnx" --baseline "$models/resnet20-cifar10.onnx" --dataset cifar10 \
     --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225

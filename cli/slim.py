@@ -13,6 +13,8 @@ EPILOG = """\b
 Examples:
   prune-onnx slim model.onnx small.onnx                        only what changes no output
   prune-onnx slim model.onnx small.onnx --keep-macs 0.5        down to half of the multiply-accumulates
+  prune-onnx slim model.onnx small.onnx --keep-macs 0.5 --calibration images/
+                                                               the same, and most of the accuracy kept
   prune-onnx slim model.onnx --keep-channels 0.7 --dry-run --plan plan.json
   prune-onnx slim model.onnx small.onnx --plan plan.json
 """
@@ -51,10 +53,13 @@ command = StageCommand(
     arguments={"input": "IN.onnx", "output": "OUT.onnx"},
     sections={
         "Budget, one of (F is the fraction that stays)": BUDGETS,
+        "Calibration: unlabelled inputs keep the accuracy": (
+            "calibration", "calibration_size", "compensate", "data_dir", "download", "mean", "std"),
         "Which channels": ("criterion", "scope", "align", "min_keep", "norms", "select_inputs", "ignore"),
         "Plan and output": ("dry_run", "plan", "output", "fold_bn", "input_shape"),
     },
     metavars={"keep_channels": "F", "keep_macs": "F", "keep_params": "F", "criterion": "NAME", "align": "N|auto",
+              "calibration": "SPEC", "data_dir": "DIR", "mean": "A,B,...", "std": "A,B,...",
               "ignore": "GLOB", "plan": "PLAN.json", "output": "OUT.onnx"},
     exclusive=BUDGETS,
     listings=(

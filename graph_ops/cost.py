@@ -146,17 +146,19 @@ class CostModel:
             name: ``macs``, ``params`` or ``channels``.
         """
         if name not in self._tallies:
-            if name == "channels":
-                fixed, terms = 0, [Term(1, (np.flatnonzero(~self.analysis.pinned),))]
-            elif name == "macs":
-                fixed, terms = self.total_macs, [Term(w.scale, w.factors) for w in self.analysis.works]
-            else:
-                fixed, terms = self.total_params, self._stored_tensors()
-            tally = Tally(terms, self.analysis.units)
-            if name != "channels":
-                fixed -= tally.total(tally.counts(np.ones(self.analysis.units, bool)))
-            self._tallies[name] = fixed, tally
+            fixed, terms = self.terms(name)
+            self._tallies[name] = fixed, Tally(terms, self.analysis.units)
         return self._tallies[name]
+
+    def terms(self, name: str) -> tuple[int, list[Term]]:
+        """The part of a cost that no cut changes, and the terms that follow the kept units."""
+        if name == "channels":
+            return 0, [Term(1, (np.flatnonzero(~self.analysis.pinned),))]
+        if name == "macs":
+            total, terms = self.total_macs, [Term(w.scale, w.factors) for w in self.analysis.works]
+        else:
+            total, terms = self.total_params, self._stored_tensors()
+        return total - sum(t.scale * product(len(v) for v in t.factors) for t in terms), terms
 
     def macs(self, keep: np.ndarray) -> int:
         """MACs when only the units ``keep`` are left."""

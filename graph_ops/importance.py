@@ -130,6 +130,12 @@ def bn_gamma(analysis: Analysis, rng: np.random.Generator) -> Scores:
     return np.where(seen, total, np.nan)
 
 
+@criterion("obs")
+def obs(analysis: Analysis, rng: np.random.Generator) -> Scores:
+    """What the layers that read a channel lose when they are refitted without it (structured OBS); needs --calibration."""
+    raise ConfigError("criterion 'obs' looks at calibration data; pass --calibration, or use --criterion l2.")
+
+
 @criterion("random", comparable=True)
 def random(analysis: Analysis, rng: np.random.Generator) -> Scores:
     """A random order, the control of every comparison; follows --seed."""

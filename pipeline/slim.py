@@ -29,8 +29,9 @@ from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.probe import Probe
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
+from . import posttraining
 from .environment import capture
-from .probing import Feeds, probe, random_feeds
+from .probing import Feeds, probe, random_feeds, shapes_at
 from .slim_schema import Cost, Group, Removed, SlimConfig, SlimResult, Verification
 from .verify import verify
 
@@ -95,9 +96,13 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     clock.lap("analyse")
     decision = _decide(config, analysis, known)
     clock.lap("plan")
+    notes: list[str] = []
+    whole = analysis
+    if config.calibration is not None:
+        analysis, decision = _calibrated(config, original, analysis, decision, every, notes, progress)
+        clock.lap("calibrate")
     result = cut(analysis, decision.keep, decision.edits)
-    notes = []
-    if config.fold_bn:
+    if config.fold_bn and config.calibration is None:
         result, folded = fold_batch_norm(result)
         notes.append(f"folded {folded} BatchNormalization nodes")
     _stamp(result, config)
@@ -108,7 +113,7 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
         verify(original, simpler, every, "original")
     verification = _verify(original, analysis, decision, result, every)
     smaller = Graph(result)
-    after = Cost(params=cost.params(smaller), macs=cost.macs(smaller, _shapes(smaller, config)),
+    after = Cost(params=cost.params(smaller), macs=cost.macs(smaller, shapes_at(smaller, feeds)),
                  bytes=model_io.total_bytes(result))
     clock.lap("verify")
     external = bool(model_io.data_files(config.input))
@@ -118,7 +123,7 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     elif config.plan is not None:
         write_text(config.plan, planning.to_json(analysis, decision.keep, _plan_facts(config, decision)) + "\n")
     clock.lap("write")
-    report = _report(config, analysis, decision, before, after, verification, notes, clock)
+    report = _report(config, whole, analysis, decision, before, after, verification, notes, clock)
     if config.report is not None:
         report.write(config.report)
     return report
@@ -157,6 +162,8 @@ def _decide(config: SlimConfig, analysis: Analysis, known: Constants) -> _Decisi
     """Choose the units that stay: a replayed plan, exact removal, or exact removal and then a budget."""
     base = ~removable(analysis, known)
     name, fraction = config.budget
+    if config.calibration is not None:
+        return _Decision(base, carry(analysis, known, base), True, None)
     if config.plan is not None and not config.dry_run:
         try:
             text = config.plan.read_text()
@@ -179,16 +186,41 @@ def _decide(config: SlimConfig, analysis: Analysis, known: Constants) -> _Decisi
     return _Decision(keep, carry(analysis, known, keep), exact, criterion)
 
 
+def _calibrated(
+    config: SlimConfig,
+    original: onnx.ModelProto,
+    analysis: Analysis,
+    exact: _Decision,
+    feeds: list[Feeds],
+    notes: list[str],
+    progress: Progress,
+) -> tuple[Analysis, _Decision]:
+    """Take out what is dead, fold the BatchNorms, and prune the rest with calibration inputs.
+
+    Returns:
+        The analysis of the folded graph, and what was decided for it.
+    """
+    dense, folded = fold_batch_norm(cut(analysis, exact.keep, exact.edits))
+    verify(original, dense, feeds, "original")
+    graph = Graph(dense)
+    found = probe(graph, config.input_shape, config.seed)[0]
+    inner = analyse(graph, found, release_norms=config.norms == "release", ignore=config.ignore)
+    name, fraction = config.budget
+    assert fraction is not None
+    kind = name.removeprefix("keep_")
+    costs = [getattr(cost.CostModel(a), kind)(np.ones(a.units, bool)) for a in (analysis, inner)]
+    chunks = posttraining.calibration_inputs(config, original, graph, progress)
+    done = posttraining.prune(config, inner, chunks, fraction * costs[0] / costs[1], progress)
+    notes += [f"folded {folded} BatchNormalization nodes", *done.notes]
+    return inner, _Decision(done.keep, done.edits, False, done.criterion)
+
+
 def _verify(original: onnx.ModelProto, analysis: Analysis, decision: _Decision, result: onnx.ModelProto,
             feeds: list[Feeds]) -> Verification:
     """Exact removal is held against the original itself, a lossy cut against the masked original."""
     if decision.exact:
         return verify(original, result, feeds, "original")
     return verify(masked_reference(analysis, decision.keep, decision.edits), result, feeds, "masked")
-
-
-def _shapes(graph: Graph, config: SlimConfig) -> dict[str, tuple[int, ...]]:
-    return probe(graph, config.input_shape, config.seed)[0].shapes
 
 
 def _stamp(result: onnx.ModelProto, config: SlimConfig) -> None:
@@ -220,18 +252,20 @@ def _plan_facts(config: SlimConfig, decision: _Decision) -> dict[str, object]:
             "norms": config.norms, "ignore": list(config.ignore)}
 
 
-def _report(config: SlimConfig, analysis: Analysis, decision: _Decision, before: Cost, after: Cost,
+def _report(config: SlimConfig, whole: Analysis, analysis: Analysis, decision: _Decision, before: Cost, after: Cost,
             verification: Verification, notes: list[str], clock: _Clock) -> SlimResult:
     keep = decision.keep
-    groups = [Group(name=g.name, nodes=list(g.nodes), channels=len(g.units), kept=int(keep[g.units].sum()),
-                    pinned_by=list(g.pinned_by)) for g in analysis.groups]
-    channels = sum(int((~keep[p.labels]).sum()) for p in analysis.producers if p.weight is not None)
+    left = {g.name: int(keep[g.units].sum()) for g in analysis.groups}
+    groups = [Group(name=g.name, nodes=list(g.nodes), channels=len(g.units), kept=left.get(g.name, 0),
+                    pinned_by=list(g.pinned_by)) for g in whole.groups]
+    channels = sum(len(p.labels) for p in whole.producers if p.weight is not None)
+    channels -= sum(int(keep[p.labels].sum()) for p in analysis.producers if p.weight is not None)
     edits = decision.edits
     odd = _odd_widths(analysis, keep)
     if odd:
         notes.append(f"{len(odd)} convolutions are left with a width that is no multiple of 4 ({', '.join(odd[:4])}"
                      f"{', ...' if len(odd) > 4 else ''}); ONNX Runtime may run them slower than wider ones. "
-                     "A budget, or --align 4, keeps widths aligned.")
+                     "A budget, or --align 4, keeps widths aligned")
     if not any(g.channels > g.kept for g in groups):
         notes.append("nothing was removed: no channel can go under these options")
     return SlimResult(

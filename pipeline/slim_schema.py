@@ -24,7 +24,15 @@ class SlimConfig(BaseModel):
         keep_macs: fraction of multiply-accumulates that stays.
         keep_params: fraction of parameters that stays.
         scope: ``global`` ranks the channels of all groups together; ``layer`` takes the same fraction of every group.
-        criterion: importance criterion, see ``--list-criteria``; ``None`` means l2.
+        criterion: importance criterion, see ``--list-criteria``; ``None`` means obs with calibration data, else l2.
+        calibration: unlabelled inputs: the name of a data set, an .npz or .npy file, or a folder of images. With them a
+            budget keeps most of the accuracy: channels are chosen by what their readers lose, and these are refitted.
+        calibration_size: how many inputs are used.
+        compensate: refit the layers that read removed channels (``least-squares``, with calibration), or not (``none``).
+        data_dir: folder of the data files.
+        download: fetch missing data files.
+        mean: per channel, of pixel/255; ``None`` means the model's recipe, else the data set's own.
+        std: likewise.
         align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, 1 is off. Exact
             removal takes every dead channel under ``auto``; with a number, dead channels stay to fill up the steps.
         min_keep: fraction of its channels that every group keeps at least.
@@ -50,6 +58,13 @@ class SlimConfig(BaseModel):
     keep_params: Fraction | None = None
     scope: Literal["global", "layer"] = "global"
     criterion: str | None = None
+    calibration: str | None = None
+    calibration_size: Annotated[int, Field(ge=2)] = 512
+    compensate: Literal["none", "least-squares"] | None = None
+    data_dir: Path | None = None
+    download: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     align: int | Literal["auto"] = "auto"
     min_keep: Annotated[float, Field(ge=0, le=1)] = 0.1
     norms: Literal["pin", "release"] = "pin"
@@ -72,6 +87,12 @@ class SlimConfig(BaseModel):
             raise ValueError(f"plan replays a saved plan, so {given[0]} cannot be given with it")
         if self.output is None and not self.dry_run:
             raise ValueError("output is missing (only a dry run writes no file)")
+        if self.calibration is None and (self.compensate == "least-squares" or self.criterion == "obs"):
+            raise ValueError("least-squares compensation and the criterion obs need calibration data")
+        if self.calibration is not None and self.budget[1] is None:
+            raise ValueError("calibration is for a budget; exact removal needs none")
+        if self.calibration is not None and self.plan is not None:
+            raise ValueError("plan and calibration cannot be combined: a plan holds no refitted weights")
         if isinstance(self.align, int) and self.align < 1:
             raise ValueError("align must be 1 or more")
         return self

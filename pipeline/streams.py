@@ -1,0 +1,107 @@
+"""Runs a network over the calibration inputs a stretch at a time, with weights that change on the way.
+
+Layer-by-layer reconstruction needs every layer's input from the network as it is so far. A stream keeps, for each chunk
+of the inputs, the tensors that later nodes still read, and moves on from there: one forward pass in all, however many
+layers are changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from prune_onnx.graph_ops.graph import Graph, raw_bytes
+from prune_onnx.graph_ops.model_io import copy_fields
+from prune_onnx.graph_ops.probe import Probe
+
+from .probing import Feeds
+from .sessions import create_session
+
+Chunk = dict[str, np.ndarray]
+
+
+class Stream:
+    """A position in a network and what has been computed up to there.
+
+    Attributes:
+        chunks: per chunk of inputs, the tensors that are still needed.
+        weights: new values of initializers.
+        position: index of the first node that has not run.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        probe: Probe,
+        chunks: Sequence[Feeds],
+        weights: dict[str, np.ndarray] | None = None,
+        position: int = 0,
+    ) -> None:
+        self.graph, self.probe = graph, probe
+        self.chunks: list[Chunk] = [dict(chunk) for chunk in chunks]
+        self.weights = weights if weights is not None else {}
+        self.position = position
+        self._last_use = {name: max(node.index for node, _ in readers) for name, readers in graph.readers.items()}
+
+    def fork(self, weights: dict[str, np.ndarray], chunks: int | None = None) -> Stream:
+        """A second stream from here on, with other weights, over the first ``chunks`` chunks."""
+        return Stream(self.graph, self.probe, self.chunks[:chunks], weights, self.position)
+
+    def advance(self, until: int, want: Sequence[str] = ()) -> None:
+        """Run the nodes before ``until``; keep what later nodes read, the tensors ``want``, and the graph's outputs."""
+        nodes = [
+            n
+            for n in self.graph.nodes[self.position : until]
+            if any(out in self.graph.dynamic or out in self.probe.varying for out in n.outputs)
+        ]
+        needed = set(want) | set(self.graph.outputs)
+        made = {out for n in nodes for out in n.outputs if out}
+        fetch = [name for name in made if name in needed or self._last_use.get(name, -1) >= until]
+        if nodes and fetch:
+            session = create_session(self._segment(nodes, fetch), "cpu")
+            inputs = [i.name for i in session.get_inputs()]
+            for chunk in self.chunks:
+                found = session.run(fetch, {name: chunk[name] for name in inputs})
+                chunk.update(zip(fetch, found, strict=True))
+        self.position = max(self.position, until)
+        for chunk in self.chunks:
+            for name in [n for n in chunk if self._last_use.get(n, -1) < until and n not in needed]:
+                del chunk[name]
+
+    def _segment(self, nodes: list, fetch: list[str]) -> onnx.ModelProto:
+        """A model of a few nodes: cached tensors are inputs, static ones initializers."""
+        made = {out for n in nodes for out in n.outputs}
+        reads = dict.fromkeys(
+            name for n in nodes for name in [*n.inputs, *sorted(n.captured)] if name and name not in made
+        )
+        model = onnx.ModelProto()
+        copy_fields(self.graph.model, model, leave_out=("graph", "metadata_props"))
+        model.ir_version = max(model.ir_version, 4)
+        model.graph.name = "segment"
+        model.graph.node.extend(n.proto for n in nodes)
+        for name in reads:
+            if name in self.weights:
+                model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(self.weights[name]), name))
+            elif name in self.graph.initializers:
+                model.graph.initializer.append(inline(self.graph.initializers[name]))
+            elif name in self.probe.values and name not in self.probe.varying:
+                model.graph.initializer.append(numpy_helper.from_array(self.probe.values[name], name))
+            else:
+                array = self.chunks[0][name]
+                kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+                model.graph.input.append(helper.make_tensor_value_info(name, kind, [None] * array.ndim))
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetch)
+        return model
+
+
+def inline(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """A tensor with its data inside, wherever it is stored."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return tensor
+    copy = onnx.TensorProto()
+    copy_fields(tensor, copy, leave_out=("external_data", "data_location"))
+    copy.raw_data = bytes(raw_bytes(tensor))
+    return copy
