@@ -22,6 +22,7 @@ from .model_io import copy_fields
 from .probe import Shape
 from .rules import rule_for
 
+TAKE_AT_ONCE = 2**21  # bytes
 Index = tuple[tuple[int, bytes], ...]
 """What is kept of a tensor: (axis, kept positions as int64 bytes) pairs."""
 
@@ -462,9 +463,19 @@ def _used_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
 
 
 def _take(value: np.ndarray, index: Index) -> np.ndarray:
-    for axis, positions in index:
-        value = value.take(np.frombuffer(positions, np.int64), axis)
-    return value
+    """Return the kept positions, copied a few rows at a time: nothing between the two arrays exists in full."""
+    kept = {axis: np.frombuffer(positions, np.int64) for axis, positions in index}
+    if not kept:
+        return value
+    result = np.empty([len(kept[a]) if a in kept else n for a, n in enumerate(value.shape)], value.dtype)
+    rows = kept.pop(0, np.arange(value.shape[0]))
+    step = max(1, TAKE_AT_ONCE * len(value) // max(1, value.nbytes))
+    for i in range(0, len(rows), step):
+        part = value[rows[i : i + step]]
+        for axis, positions in kept.items():
+            part = part.take(positions, axis)
+        result[i : i + step] = part
+    return result
 
 
 def _value_info(tensor: onnx.TensorProto) -> onnx.ValueInfoProto:

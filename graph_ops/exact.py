@@ -101,6 +101,7 @@ def _sums(analysis: Analysis, known: Constants) -> tuple[list[_Sum], list[Contra
     if known.memo is not None:
         return known.memo
     sums, others = [], []
+    made = {p.node.index: p.labels for p in reversed(analysis.producers)}
     for contraction in analysis.contractions:
         name = contraction.node.inputs[contraction.weight[0]] if contraction.weight else ""
         weight = known.value(name) if name else None
@@ -113,7 +114,7 @@ def _sums(analysis: Analysis, known: Constants) -> tuple[list[_Sum], list[Contra
         value = np.where(constant, known.line(x, axis), 0.0)
         out_units = None
         if contraction.out is not None:
-            vector = next((p.labels for p in analysis.producers if p.node is contraction.node), None)
+            vector = made.get(contraction.node.index)
             if vector is not None and len(vector) == grid.shape[0] * grid.shape[1]:
                 out_units = vector.reshape(grid.shape[:2])
         sums.append(_Sum(contraction, (grid != 0).any(3), out_units, constant, value))

@@ -44,13 +44,13 @@ def _fold(norm: gs.Node, graph: gs.Graph) -> bool:
         return False
     if before.op == "Gemm" and (before.attrs.get("alpha", 1.0) != 1.0 or before.attrs.get("beta", 1.0) != 1.0):
         return False
-    parameters = [*norm.inputs[1:5], *before.inputs[1:]]
-    if not all(isinstance(p, gs.Constant) for p in parameters):
+    parameters = [_value(p) for p in (*norm.inputs[1:5], *before.inputs[1:])]
+    if any(p is None for p in parameters):
         return False
-    weight = np.asarray(before.inputs[1].values)
-    scale, beta, mean, var = (np.asarray(p.values, np.float64) for p in norm.inputs[1:5])
+    weight = parameters[4]
+    scale, beta, mean, var = (p.astype(np.float64) for p in parameters[:4])
     factor = scale / np.sqrt(var + norm.attrs.get("epsilon", 1e-5))
-    bias = np.asarray(before.inputs[2].values, np.float64) if len(before.inputs) > 2 else 0.0
+    bias = parameters[5].astype(np.float64) if len(parameters) > 5 else 0.0
     shift = (bias - mean) * factor + beta
     new_weight = _scaled(before, weight.astype(np.float64), factor).astype(weight.dtype)
     name = before.inputs[1].name
@@ -61,6 +61,15 @@ def _fold(norm: gs.Node, graph: gs.Graph) -> bool:
     norm.outputs.clear()
     before.outputs = [out]
     return True
+
+
+def _value(tensor: gs.Tensor) -> np.ndarray | None:
+    """Value of an initializer or of a Constant node's output, ``None`` for anything else."""
+    if isinstance(tensor, gs.Constant):
+        return np.asarray(tensor.values)
+    if tensor.inputs and tensor.inputs[0].op == "Constant" and "value" in tensor.inputs[0].attrs:
+        return np.asarray(tensor.inputs[0].attrs["value"].values)
+    return None
 
 
 def _scaled(node: gs.Node, weight: np.ndarray, factor: np.ndarray) -> np.ndarray:

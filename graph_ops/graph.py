@@ -154,6 +154,11 @@ def _mapped(file: str, changed_ns: int, size: int) -> np.ndarray:
     return np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
 
 
+def unmap() -> None:
+    """Let go of the mapped files: what nobody holds any more leaves the memory, what is wanted again comes back."""
+    _mapped.cache_clear()
+
+
 def tensor_value(tensor: onnx.TensorProto) -> np.ndarray:
     """Return a tensor's value; that of an external one is mapped into memory, read-only.
 

@@ -54,10 +54,11 @@ def restore(edited: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelPro
     result.CopyFrom(original)
     del result.graph.node[:]
     del result.graph.initializer[:]
-    nodes = {tuple(n.output): n for n in original.graph.node}
+    by_output = {(n.op_type, *n.output): n for n in original.graph.node}
+    by_name = {(n.op_type, n.name): n for n in original.graph.node if n.name}  # an edit may have moved the outputs
     for node in edited.graph.node:
-        old = nodes.get(tuple(node.output))
-        if old is not None and old.op_type == node.op_type:
+        old = by_output.get((node.op_type, *node.output), by_name.get((node.op_type, node.name)))
+        if old is not None:
             node.doc_string = old.doc_string
             if not node.metadata_props:
                 node.metadata_props.extend(old.metadata_props)
@@ -74,6 +75,10 @@ def restore(edited: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelPro
         stays = [i for i in field if (i.name in alive or field is result.graph.input) and i.name not in gone]
         del field[:]
         field.extend(stays)
+    if result.ir_version < 4:  # every initializer is a graph input as well
+        listed = {i.name for i in result.graph.input}
+        result.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+                                  for t in result.graph.initializer if t.name not in listed)
     marks = [q for q in result.graph.quantization_annotation if q.tensor_name in alive]
     del result.graph.quantization_annotation[:]
     result.graph.quantization_annotation.extend(marks)

@@ -87,6 +87,8 @@ def create_session(
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
+    if not arena:  # nodes run in an order in which sizes are asked early and what is read for the last time can go
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if threads is not None:
         options.intra_op_num_threads = threads
     entries = dict(config or {})

@@ -12,15 +12,19 @@ from .base import MICROSOFT, Rule, rule, varying_axes
 
 if TYPE_CHECKING:
     from ..analysis import Context
-    from ..constants import Constants
+    from ..constants import Constants, Traces
     from ..cut import Cut
 
 
 class Move(Rule):
     """Base of rules whose outputs hold nothing but values of their inputs."""
 
+    def traces(self, node: Node, known: Constants) -> Traces:
+        """Where the axes of the data inputs go: by default each axis of the first input stays what it is."""
+        return {0: {a: {a} for a in range(len(known.shape(node.inputs[0])))}}
+
     def constants(self, node: Node, known: Constants) -> None:
-        known.move(node)
+        known.move(node, self.traces(node, known))
 
 
 @rule("Transpose")
@@ -32,6 +36,10 @@ class Transpose(Move):
         perm = node.attribute("perm", list(range(rank))[::-1])
         vectors = ctx.vectors(node.inputs[0])
         ctx.set(node.outputs[0], {out: vectors[a] for out, a in enumerate(perm) if a in vectors})
+
+    def traces(self, node: Node, known: Constants) -> Traces:
+        rank = len(known.shape(node.inputs[0]))
+        return {0: {a: {out} for out, a in enumerate(node.attribute("perm", list(range(rank))[::-1]))}}
 
 
 @rule("Concat")
@@ -66,6 +74,11 @@ class Concat(Move):
         if any(cut_axis in ctx.vectors(n) for _, n in moving):
             result[cut_axis] = np.concatenate([self._part(node, ctx, i, n, cut_axis, (i, n) in fixed) for i, n in names])
         ctx.set(out, result)
+
+    def constants(self, node: Node, known: Constants) -> None:
+        rank = len(known.shape(node.outputs[0]))
+        traces = {i: {a: {a} for a in range(rank)} for i in self.parts(node)}
+        known.move(node, traces, joins=node.attribute("axis") % rank)
 
     def _part(self, node: Node, ctx: Context, i: int, name: str, axis: int, fixed: bool) -> Vector:
         vector = ctx.vectors(name).get(axis)
@@ -210,6 +223,12 @@ class Gather(Move):
                 self._pick(node, ctx, vector[index], axis, result)
         ctx.set(out, result)
 
+    def traces(self, node: Node, known: Constants) -> Traces:
+        rank, index_rank = len(known.shape(node.inputs[0])), len(known.shape(node.inputs[1]))
+        axis = node.attribute("axis", 0) % rank
+        picked = {axis: set(range(axis, axis + index_rank))}
+        return {0: {a: {a if a < axis else a + index_rank - 1} for a in range(rank)} | picked}
+
     def _table(self, node: Node, ctx: Context, axis: int, shift: int) -> None:
         ctx.pin_except(node, node.inputs[1], (), "it holds indices")
         result = {}
@@ -295,7 +314,7 @@ class Pad(Move):
         ctx.set(node.outputs[0], result)
 
     def constants(self, node: Node, known: Constants) -> None:
-        known.move(node)
+        super().constants(node, known)
         amounts = self.amounts(node, known)  # type: ignore[arg-type]
         if amounts is None:
             return
@@ -352,6 +371,10 @@ class Expand(Move):
         x, y = node.inputs[0], node.outputs[0]
         shift = len(ctx.shape(y)) - len(ctx.shape(x))
         ctx.set(y, {a + shift: v for a, v in ctx.vectors(x).items()})
+
+    def traces(self, node: Node, known: Constants) -> Traces:
+        rank, shift = len(known.shape(node.inputs[0])), len(known.shape(node.outputs[0]))
+        return {0: {a: {a + shift - rank} for a in range(rank)}}
 
     def rewrite(self, node: Node, cut: Cut) -> None:
         cut.resize_operand(node, 1)

@@ -109,4 +109,4 @@ class SpaceToDepth(Rule):
             ctx.set(node.outputs[0], {1: np.tile(vector, node.attribute("blocksize") ** 2)})
 
     def constants(self, node: Node, known: Constants) -> None:
-        known.move(node)
+        known.move(node, {0: {0: {0}, 1: {1}, 2: {1, 2}, 3: {1, 3}}})

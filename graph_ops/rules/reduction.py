@@ -43,7 +43,13 @@ class Reduce(Rule):
     def constants(self, node: Node, known: Constants) -> None:
         # A sum of a constant follows the map's size; mean, max and min do not.
         steady = node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin")
-        known.move(node, only_zeros=not steady)
+        x, y = node.inputs[0], node.outputs[0]
+        value = known.value(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else None
+        axes = reduced_axes(node, len(known.shape(x)), value)
+        for axis in known.axes(x):
+            out = axis if node.attribute("keepdims", 1) else axis - sum(r < axis for r in axes)
+            if axis not in axes and out in known.axes(y):
+                known.set(y, out, known.flags(x, axis) if steady else known.zeros(x, axis))
 
 
 @rule("Softmax", "LogSoftmax", "Hardmax")

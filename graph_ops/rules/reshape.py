@@ -19,6 +19,7 @@ from .movement import Move
 
 if TYPE_CHECKING:
     from ..analysis import Context
+    from ..constants import Constants, Traces
     from ..cut import Cut
 
 Block = tuple[list[int], list[int]]
@@ -99,6 +100,13 @@ class Reshape(Move):
             result[axes[where]] = ctx.labels.join_across(grid, where)
         else:
             result[axes[varying[0]]] = rows[varying[0]].copy()
+
+    def traces(self, node: Node, known: Constants) -> Traces:
+        before, after = known.shape(node.inputs[0]), known.shape(node.outputs[0])
+        goes: dict[int, set[int]] = {a: set() for a in range(len(before))}
+        for left, right in blocks(before, after):
+            goes.update(dict.fromkeys(left, set(right)))
+        return {0: goes}
 
     def rewrite(self, node: Node, cut: Cut) -> None:
         if node.op_type == "Reshape":
