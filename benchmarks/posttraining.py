@@ -3,8 +3,8 @@
     python benchmarks/posttraining.py DATA_DIR MODEL_DIR [--out benchmarks/results/posttraining]
 
 DATA_DIR has cifar-10-batches-bin; MODEL_DIR has resnet20-cifar10.onnx and resnet56-cifar10.onnx. For every budget the
-network is pruned to that fraction of its MACs, by weight norms alone and with unlabelled training images; widths are not
-aligned, so that the budgets are those of the literature.
+network is pruned to that fraction of its MACs, by weight norms alone and with unlabelled training images; widths are
+not aligned, so that the budgets are those of the literature.
 """
 
 from __future__ import annotations
@@ -41,10 +41,19 @@ def accuracy(path: Path, data_dir: Path) -> float:
 def run(net: str, ratio: float, models: Path, data_dir: Path, images: int, folder: Path) -> dict[str, object]:
     """One network at one budget."""
     row: dict[str, object] = {"net": net, "ratio": ratio}
-    common = {"input": models / f"{net}-cifar10.onnx", "keep_macs": 1 / ratio, "align": 1, "min_keep": 0.0, "force": True}
+    common = {
+        "input": models / f"{net}-cifar10.onnx",
+        "keep_macs": 1 / ratio,
+        "align": 1,
+        "min_keep": 0.0,
+        "force": True,
+    }
     for label, options in (
         ("l2", {"criterion": "l2"}),
-        ("calibrated", {"calibration": "cifar10", "calibration_size": images, "data_dir": data_dir, "mean": MEAN, "std": STD}),
+        (
+            "calibrated",
+            {"calibration": "cifar10", "calibration_size": images, "data_dir": data_dir, "mean": MEAN, "std": STD},
+        ),
     ):
         out = folder / f"{net}-{ratio}-{label}.onnx"
         result = slim(SlimConfig(output=out, **common, **options))

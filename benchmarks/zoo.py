@@ -17,16 +17,57 @@ from pathlib import Path
 
 import torch
 
-TORCHVISION = (
-    "alexnet vgg16_bn vgg19 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 googlenet inception_v3 mobilenet_v2 "
-    "mobilenet_v3_large mnasnet1_0 efficientnet_b0 efficientnet_v2_s regnet_y_400mf regnet_x_400mf squeezenet1_1 "
-    "shufflenet_v2_x1_0 convnext_tiny vit_b_16 swin_t maxvit_t"
-).split()
-TIMM = (
-    "ghostnet_100 hrnet_w18_small res2net50_26w_4s dpn68 skresnet18 resnest14d cspdarknet53 repvgg_a0 mobileone_s0 dla34 "
-    "ese_vovnet19b_dw rexnet_100 mixnet_s xception41 selecsls42b poolformer_s12 mobilevit_s edgenext_small fastvit_t8 "
-    "convmixer_768_32 eca_nfnet_l0 mobilenetv4_conv_small levit_128s vit_tiny_patch16_224"
-).split()
+TORCHVISION = [
+    "alexnet",
+    "vgg16_bn",
+    "vgg19",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mnasnet1_0",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "regnet_y_400mf",
+    "regnet_x_400mf",
+    "squeezenet1_1",
+    "shufflenet_v2_x1_0",
+    "convnext_tiny",
+    "vit_b_16",
+    "swin_t",
+    "maxvit_t",
+]
+TIMM = [
+    "ghostnet_100",
+    "hrnet_w18_small",
+    "res2net50_26w_4s",
+    "dpn68",
+    "skresnet18",
+    "resnest14d",
+    "cspdarknet53",
+    "repvgg_a0",
+    "mobileone_s0",
+    "dla34",
+    "ese_vovnet19b_dw",
+    "rexnet_100",
+    "mixnet_s",
+    "xception41",
+    "selecsls42b",
+    "poolformer_s12",
+    "mobilevit_s",
+    "edgenext_small",
+    "fastvit_t8",
+    "convmixer_768_32",
+    "eca_nfnet_l0",
+    "mobilenetv4_conv_small",
+    "levit_128s",
+    "vit_tiny_patch16_224",
+]
 ARCHITECTURES = (*TORCHVISION, *TIMM)
 
 
@@ -62,9 +103,7 @@ def randomise(model: torch.nn.Module) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not tensor.is_floating_point() or tensor.numel() < 2:
                 continue
-            if name.endswith("running_var"):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-            elif tensor.dim() == 1 and name.endswith("weight"):
+            if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
             elif tensor.dim() == 1 or bool((tensor == tensor.flatten()[0]).all()):
                 tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
@@ -109,7 +148,11 @@ def main() -> None:
             path.with_suffix(".part").rename(path)
             print(f"{name}: {path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s", flush=True)
         except Exception as error:  # one architecture that does not export must not stop the others
-            print(f"{name}: not exported: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: not exported: {type(error).__name__}: {str(error).splitlines()[0]}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

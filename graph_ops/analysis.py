@@ -185,8 +185,9 @@ class Context:
         self.produce(node, axis, vector, output=output, weight=weight)
         return vector
 
-    def produce(self, node: Node, axis: int, vector: Vector, *, output: int = 0,
-                weight: tuple[int, int] | None = None) -> None:
+    def produce(
+        self, node: Node, axis: int, vector: Vector, *, output: int = 0, weight: tuple[int, int] | None = None
+    ) -> None:
         """Record that ``node`` makes ``vector`` on an output axis; an axis of length 1 has nothing to cut."""
         if self.shape(node.outputs[output])[axis] > 1:
             self.producers.append(Producer(node, output, axis, vector, weight))
@@ -306,8 +307,9 @@ class Analysis:
         return list(seen.values())
 
 
-def analyse(graph: Graph, probe: Probe, *, release_norms: bool = False, select_inputs: bool = False,
-            ignore: Sequence[str] = ()) -> Analysis:
+def analyse(
+    graph: Graph, probe: Probe, *, release_norms: bool = False, select_inputs: bool = False, ignore: Sequence[str] = ()
+) -> Analysis:
     """Find the channel groups of a graph.
 
     Args:
@@ -325,8 +327,11 @@ def analyse(graph: Graph, probe: Probe, *, release_norms: bool = False, select_i
     best_free = _free(best)
     options: dict[tuple[str, int], int] = {}
     for _ in range(3):
-        dead = [key for key, (count, vector) in best.choices.items()
-                if count > 1 and options.get(key, 0) < count - 1 and _all_pinned(best, vector)]
+        dead = [
+            key
+            for key, (count, vector) in best.choices.items()
+            if count > 1 and options.get(key, 0) < count - 1 and _all_pinned(best, vector)
+        ]
         if not dead:
             break
         options = {**options, **{key: options.get(key, 0) + 1 for key in dead}}
@@ -413,8 +418,10 @@ def _resolve(ctx: Context) -> Analysis:
         axes={name: {a: units(v) for a, v in axes.items()} for name, axes in ctx.axes.items()},
         operands=[Operand(o.node, o.input, {a: units(v) for a, v in o.axes.items()}) for o in ctx.operands],
         producers=producers,
-        contractions=[Contraction(c.node, c.sides, units(c.labels), c.weight, c.out, c.groups, c.padded, c.bias)
-                      for c in ctx.contractions],
+        contractions=[
+            Contraction(c.node, c.sides, units(c.labels), c.weight, c.out, c.groups, c.padded, c.bias)
+            for c in ctx.contractions
+        ],
         works=[Work(w.node, w.scale, tuple(units(v) for v in w.factors)) for w in ctx.works],
         released=[Released(r.node, r.axis, units(r.labels)) for r in ctx.released],
         forks=[Fork(f.node, f.axis, units(f.source), units(f.labels)) for f in ctx.forks],
@@ -424,7 +431,9 @@ def _resolve(ctx: Context) -> Analysis:
     )
 
 
-def _groups(producers: list[Producer], count: int, reasons: dict[int, list[str]]) -> tuple[list[ChannelGroup], np.ndarray]:
+def _groups(
+    producers: list[Producer], count: int, reasons: dict[int, list[str]]
+) -> tuple[list[ChannelGroup], np.ndarray]:
     """Units that appear in one producer belong to one group."""
     forest = Labels()
     forest.fresh(count)

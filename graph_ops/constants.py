@@ -5,8 +5,8 @@ graph (BN kept, or folded into a filter that is all zero) and through everything
 analysis only says *which* channels are constant; their value is read from the probe run, as the runtime computes it.
 
 Where data is moved, a position of an axis can come to hold several constants: the view (2, C / 2) of a channel axis has
-two channels at each position of its last axis. Such a position is *mixed* along the other axis. It counts as constant only
-to the operators that move on, and again to everybody once they have taken it apart.
+two channels at each position of its last axis. Such a position is *mixed* along the other axis. It counts as constant
+only to the operators that move on, and again to everybody once they have taken it apart.
 """
 
 from __future__ import annotations
@@ -122,8 +122,10 @@ class Constants:
 
     def _moved(self, n: int, i: int, name: str) -> dict[int, tuple[Vector, np.ndarray, set[int]]]:
         """By axis of a node's input: labels, constant positions, and the axes that these are mixed along."""
-        found = {axis: (vector, self._any_flags(name, axis), self._mixed.get((name, axis), set()))
-                 for axis, vector in self.axes(name).items()}
+        found = {
+            axis: (vector, self._any_flags(name, axis), self._mixed.get((name, axis), set()))
+            for axis, vector in self.axes(name).items()
+        }
         value = self.value(name) if (n, i) in self._operands else None
         for axis, vector in self._operands.get((n, i), {}).items():
             constant = np.zeros(len(vector), bool)

@@ -116,12 +116,13 @@ class Tally:
         Returns:
             The growth, and the vectors whose counts change with by how much: ``counts[vectors] += growth_of_each``.
         """
-        places = np.concatenate([self._by_unit[self._unit_starts[u]:self._unit_starts[u + 1]] for u in units])
+        places = np.concatenate([self._by_unit[self._unit_starts[u] : self._unit_starts[u + 1]] for u in units])
         vectors, growth = np.unique(self._vector[places], return_counts=True)
         if not len(vectors):
             return 0, vectors, growth
-        terms = np.unique(np.concatenate(
-            [self._by_vector[self._vector_starts[v]:self._vector_starts[v + 1]] for v in vectors]))
+        terms = np.unique(
+            np.concatenate([self._by_vector[self._vector_starts[v] : self._vector_starts[v + 1]] for v in vectors])
+        )
         factors, scale = self._factors[terms], self._scale[terms]
         before = counts[factors].prod(1)
         counts[vectors] += growth

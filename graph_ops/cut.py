@@ -140,7 +140,10 @@ class Cut:
         index, out = self._name(f"{proto.input[0]}_kept"), self._name(f"{proto.input[0]}_gathered")
         self._add(index, positions.astype(np.int64))
         self._before.setdefault(node.index, []).append(
-            helper.make_node("Gather", [proto.input[0], index], [out], name=self._name(f"{node.name}_gather"), axis=axis))
+            helper.make_node(
+                "Gather", [proto.input[0], index], [out], name=self._name(f"{node.name}_gather"), axis=axis
+            )
+        )
         proto.input[0] = out
 
     def resize_operand(self, node: Node, index: int) -> None:
@@ -215,7 +218,8 @@ class Cut:
         self._add(mask, np.asarray([t is not None for t in target]))
         self._add(new, np.asarray([0 if t is None else t for t in target], np.int64))
         self._before.setdefault(node.index, []).append(
-            helper.make_node("Where", [mask, new, live], [out], name=self._name(f"{node.name}_sizes")))
+            helper.make_node("Where", [mask, new, live], [out], name=self._name(f"{node.name}_sizes"))
+        )
         proto.input[index] = out
 
     # -- operands ----------------------------------------------------------------------------------------------------
@@ -224,14 +228,21 @@ class Cut:
         for (n, i), operand in self._operands.items():
             if (n, i) in self.edits.operands:
                 continue
-            index = tuple((a, self._kept(v).astype(np.int64).tobytes()) for a, v in sorted(operand.axes.items())
-                          if len(self._kept(v)) < len(v))
+            index = tuple(
+                (a, self._kept(v).astype(np.int64).tobytes())
+                for a, v in sorted(operand.axes.items())
+                if len(self._kept(v)) < len(v)
+            )
             if index:
                 wishes.setdefault(operand.node.inputs[i], []).append((operand.node, i, index))
         for name, uses in wishes.items():
             every = len(self.graph.readers.get(name, ())) == len(uses) and name not in self.graph.captured
-            if every and len({index for _, _, index in uses}) == 1 and name in self.graph.initializers \
-                    and name not in self.graph.outputs:
+            if (
+                every
+                and len({index for _, _, index in uses}) == 1
+                and name in self.graph.initializers
+                and name not in self.graph.outputs
+            ):
                 self._add(name, _take(self.value(name), uses[0][2]), like=self.graph.initializers[name])
                 continue
             for node, i, index in uses:
@@ -280,8 +291,9 @@ class Cut:
                     inner |= {i: ((0, axes[axis]),) for i in range(1, len(node.inputs)) if node.inputs[i]}
                 return self._clone(node, inner)
             if node.op_type == "ConstantOfShape":
-                shape = [len(np.frombuffer(axes[a], np.int64)) if a in axes else n
-                         for a, n in enumerate(self.shape(name))]
+                shape = [
+                    len(np.frombuffer(axes[a], np.int64)) if a in axes else n for a, n in enumerate(self.shape(name))
+                ]
                 fed = self._name(f"{name}_shape")
                 self._add(fed, np.asarray(shape, np.int64))
                 return self._clone(node, {}, {0: fed})
@@ -388,7 +400,8 @@ class Cut:
         self._add(name, (shift if kept is None else shift[kept]).astype(dtype))
         proto.output[0] = inner
         self._after.setdefault(node.index, []).append(
-            helper.make_node("Add", [inner, name], [y], name=self._name(f"{node.name}_shift")))
+            helper.make_node("Add", [inner, name], [y], name=self._name(f"{node.name}_shift"))
+        )
 
     def _assemble(self, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
         source = self.graph.model

@@ -149,8 +149,9 @@ def removable(analysis: Analysis, known: Constants) -> np.ndarray:
         forced[list(wanted)] = True
 
 
-def _fixed_point(analysis: Analysis, known: Constants, sums: list[_Sum], others: list[Contraction],
-                 forced: np.ndarray) -> np.ndarray:
+def _fixed_point(
+    analysis: Analysis, known: Constants, sums: list[_Sum], others: list[Contraction], forced: np.ndarray
+) -> np.ndarray:
     """Units of which every reading sum can do without, given those that must stay."""
     blocked = forced.copy()
     for contraction in others:
@@ -180,8 +181,9 @@ def _representatives(sums: list[_Sum], remove: np.ndarray) -> set[int]:
         labels, live = s.contraction.labels, s.value != 0
         gone = remove[labels] & live & s.read(~remove)
         groups = s.reads.shape[0]
-        for lost, size, ids in zip(gone.reshape(groups, -1), np.abs(s.value).reshape(groups, -1),
-                                   labels.reshape(groups, -1), strict=True):
+        for lost, size, ids in zip(
+            gone.reshape(groups, -1), np.abs(s.value).reshape(groups, -1), labels.reshape(groups, -1), strict=True
+        ):
             stays = ~remove[ids] & (size > 0)
             stays |= np.isin(ids, list(wanted)) & (size > 0)
             if lost.any() and not stays.any():

@@ -54,8 +54,11 @@ def _fold(norm: gs.Node, graph: gs.Graph) -> bool:
     shift = (bias - mean) * factor + beta
     new_weight = _scaled(before, weight.astype(np.float64), factor).astype(weight.dtype)
     name = before.inputs[1].name
-    before.inputs = [before.inputs[0], gs.Constant(_free(graph, f"{name}_folded"), new_weight),
-                     gs.Constant(_free(graph, f"{name}_bias_folded"), shift.astype(weight.dtype))]
+    before.inputs = [
+        before.inputs[0],
+        gs.Constant(_free(graph, f"{name}_folded"), new_weight),
+        gs.Constant(_free(graph, f"{name}_bias_folded"), shift.astype(weight.dtype)),
+    ]
     # The BN's output keeps its name: it may be a graph output or be read by name elsewhere.
     out = norm.outputs[0]
     norm.outputs.clear()

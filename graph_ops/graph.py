@@ -15,7 +15,9 @@ from onnx import helper, numpy_helper
 from .errors import ModelError
 
 # Their outputs differ from run to run although nothing flows in.
-RANDOM_OPS = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
+RANDOM_OPS = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 # They look at the size of their input only, never at its values.
 SHAPE_OPS = frozenset({"Shape", "Size"})
 
@@ -89,8 +91,10 @@ class Graph:
         self.inputs = [i for i in graph.input if i.name not in self.initializers]
         self.outputs = [o.name for o in graph.output]
         self.opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
-        self.nodes = [Node(p, i, p.name or f"{p.op_type}({p.output[0] if p.output else i})", captured_names(p))
-                      for i, p in enumerate(_in_order(graph))]
+        self.nodes = [
+            Node(p, i, p.name or f"{p.op_type}({p.output[0] if p.output else i})", captured_names(p))
+            for i, p in enumerate(_in_order(graph))
+        ]
         self.producer: dict[str, Node] = {}
         self.readers: dict[str, list[tuple[Node, int]]] = {}
         self.captured: dict[str, list[Node]] = {}
@@ -230,7 +234,9 @@ def _in_order(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
         makers = set()
         for name in names - known:
             if name not in made:
-                raise ModelError(f"node {graph.node[i].name or graph.node[i].op_type!r} reads {name!r}, which nothing makes.")
+                raise ModelError(
+                    f"node {graph.node[i].name or graph.node[i].op_type!r} reads {name!r}, which nothing makes."
+                )
             makers.add(made[name])
         waiting[i] = len(makers)
         for maker in makers:

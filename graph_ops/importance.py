@@ -87,8 +87,8 @@ def _gather(analysis: Analysis, norm: Callable[[np.ndarray], np.ndarray]) -> Sco
         if weight is None:
             continue
         per_channel = _by_channel(weight, axis, norm)
-        # A grouped ConvTranspose stores the outputs of one group on that axis, and the labels of the others repeat them.
-        np.add.at(total, producer.labels[:len(per_channel)], per_channel)
+        # A grouped ConvTranspose stores the outputs of one group there, and the labels of the others repeat them.
+        np.add.at(total, producer.labels[: len(per_channel)], per_channel)
         seen[producer.labels] = True
     return np.where(seen, total, np.nan)
 
@@ -97,8 +97,10 @@ def _by_channel(weight: np.ndarray, axis: int, norm: Callable[[np.ndarray], np.n
     """Apply a norm to every slice of ``axis`` in float64, a few at a time: a large layer never exists twice."""
     rows = np.moveaxis(weight, axis, 0)
     step = max(1, 2**20 // max(1, weight.size // len(rows)))
-    parts = [norm(np.asarray(rows[i:i + step], np.float64).reshape(len(rows[i:i + step]), -1))
-             for i in range(0, len(rows), step)]
+    parts = [
+        norm(np.asarray(rows[i : i + step], np.float64).reshape(len(rows[i : i + step]), -1))
+        for i in range(0, len(rows), step)
+    ]
     return np.concatenate(parts)
 
 
@@ -116,7 +118,7 @@ def l2(analysis: Analysis, rng: np.random.Generator) -> Scores:
 
 @criterion("bn-gamma", comparable=True)
 def bn_gamma(analysis: Analysis, rng: np.random.Generator) -> Scores:
-    """Absolute BatchNorm scale, ranked over the whole net (Network Slimming, Liu et al. 2017); needs BN in the graph."""
+    """Absolute BatchNorm scale, ranked over the net (Network Slimming, Liu et al. 2017); needs BN in the graph."""
     total = np.zeros(analysis.units)
     seen = np.zeros(analysis.units, bool)
     for operand in analysis.operands:
@@ -125,14 +127,16 @@ def bn_gamma(analysis: Analysis, rng: np.random.Generator) -> Scores:
             np.add.at(total, operand.axes[0], scale)
             seen[operand.axes[0]] = True
     if not seen.any():
-        raise ConfigError("criterion 'bn-gamma' needs BatchNormalization nodes and the graph has none (exporters fold "
-                          "them into the convolutions). Export with BN kept, or use --criterion l2.")
+        raise ConfigError(
+            "criterion 'bn-gamma' needs BatchNormalization nodes and the graph has none (exporters fold "
+            "them into the convolutions). Export with BN kept, or use --criterion l2."
+        )
     return np.where(seen, total, np.nan)
 
 
 @criterion("obs")
 def obs(analysis: Analysis, rng: np.random.Generator) -> Scores:
-    """What the layers that read a channel lose when they are refitted without it (structured OBS); needs --calibration."""
+    """What the layers that read a channel lose when refitted without it (structured OBS); needs --calibration."""
     raise ConfigError("criterion 'obs' looks at calibration data; pass --calibration, or use --criterion l2.")
 
 

@@ -101,7 +101,8 @@ class _Masked(Cut):
         proto.output[0] = inner
         self._after.setdefault(index, [])[:0] = [
             _pad(self.graph.opset, inner, zero, pads, padded),
-            helper.make_node("Gather", [padded, back], [last], axis=axis)]
+            helper.make_node("Gather", [padded, back], [last], axis=axis),
+        ]
 
 
 def _pad(opset: int, x: str, pads_name: str, pads: np.ndarray, y: str) -> onnx.NodeProto:

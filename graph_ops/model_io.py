@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -60,7 +61,10 @@ def load(source: str | Path | onnx.ModelProto | object) -> onnx.ModelProto:
     except (checker.ValidationError, ValueError) as error:
         raise ModelError(f"{where} is not a valid ONNX model: {first_line(error)}.") from error
     if model.functions:
-        model = inliner.inline_local_functions(model)
+        try:
+            model = inliner.inline_local_functions(model)
+        except RuntimeError as error:
+            raise ModelError(f"{where} has functions that cannot be inlined: {first_line(error)}.") from error
     return model
 
 
@@ -84,31 +88,67 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def _locate_external_data(model: onnx.ModelProto, path: Path) -> None:
     """Check where external weights lie and note the full path; they are mapped into memory only when they are read."""
-    own = {id(t) for t in model.graph.initializer}
     in_model = str(path.resolve())
-    for tensor in external_data_helper._get_all_tensors(model):
-        entry = {e.key: e.value for e in tensor.external_data}
-        if not external_data_helper.uses_external_data(tensor) or entry.get("location") == in_model:
-            continue
-        location = Path(entry.get("location", ""))
-        file = (path.parent / location).resolve()
-        folder = path.parent.resolve()
-        if location.is_absolute() or ".." in location.parts or not file.is_relative_to(folder) or not location.parts:
-            raise ModelError(f"{path}: tensor {tensor.name!r} points outside the model's folder ({location}).")
-        if not file.is_file():
-            raise ModelError(f"{path}: tensor {tensor.name!r} is stored in {location}, which does not exist.")
-        try:
-            offset = int(entry.get("offset", 0))
-            length = int(entry.get("length", file.stat().st_size - offset))
-        except ValueError:
-            raise ModelError(f"{path}: tensor {tensor.name!r} has an external position that is no number.") from None
-        if offset < 0 or length < 0 or offset + length > file.stat().st_size:
-            raise ModelError(f"{path}: tensor {tensor.name!r} needs bytes {offset} to {offset + length} of {location}, "
-                             f"which has {file.stat().st_size}.")
-        if id(tensor) in own:
-            wire.refer(tensor, str(file), offset, length)
-        else:  # inside a node's attribute or body: few and small
-            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+    for tensor in model.graph.initializer:
+        if tensor.data_location == _T.EXTERNAL and not any(e.value == in_model for e in tensor.external_data):
+            wire.refer(tensor, *_external_file(tensor, path))
+    for tensor in _inner_tensors(model):
+        if tensor.data_location == _T.EXTERNAL:  # few and small
+            file, offset, length = _external_file(tensor, path)
+            with open(file, "rb") as data:
+                data.seek(offset)
+                tensor.raw_data = data.read(length)
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+
+
+def _external_file(tensor: onnx.TensorProto, path: Path) -> tuple[str, int, int]:
+    """Where an external tensor lies: full path, offset and length.
+
+    Raises:
+        ModelError: outside the model's folder, missing, too short, or no position at all.
+    """
+    entry = {e.key: e.value for e in tensor.external_data}
+    location = Path(entry.get("location", ""))
+    folder = path.parent.resolve()
+    try:
+        file = (folder / location).resolve()
+        there = file.is_file()
+        size = file.stat().st_size if there else 0
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
+        raise ModelError(f"{path}: tensor {tensor.name!r} is stored in {str(location)!r}, which cannot be read: {error}.") \
+            from error
+    if location.is_absolute() or ".." in location.parts or not file.is_relative_to(folder) or not location.parts:
+        raise ModelError(f"{path}: tensor {tensor.name!r} points outside the model's folder ({location}).")
+    if not there:
+        raise ModelError(f"{path}: tensor {tensor.name!r} is stored in {location}, which does not exist.")
+    try:
+        offset = int(entry.get("offset", 0))
+        length = int(entry.get("length", size - offset))
+    except ValueError:
+        raise ModelError(f"{path}: tensor {tensor.name!r} has an external position that is no number.") from None
+    if offset < 0 or length < 0 or offset + length > size:
+        raise ModelError(f"{path}: tensor {tensor.name!r} needs bytes {offset} to {offset + length} of {location}, "
+                         f"which has {size}.")
+    return str(file), offset, length
+
+
+def _inner_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Tensors in attributes and in bodies, those of functions included."""
+
+    def inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+            for body in subgraphs(node):
+                yield from body.initializer
+                yield from inside(body.node)
+
+    yield from inside(model.graph.node)
+    for function in model.functions:
+        yield from inside(function.node)
 
 
 def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:

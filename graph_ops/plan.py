@@ -134,8 +134,8 @@ class Planner:
         low, high = 0, total  # low: known to fit (checked below), high: known not to
         if (reached := self.cost(self.keep(self.counts(0.0)))) > target:
             raise PlanError(
-                f"--{self.budget.name.replace('_', '-')} {self.budget.fraction:g} cannot be reached: the smallest model "
-                f"that --min-keep {self.budget.min_keep:g} and the pinned channels allow has "
+                f"--{self.budget.name.replace('_', '-')} {self.budget.fraction:g} cannot be reached: the smallest "
+                f"model that --min-keep {self.budget.min_keep:g} and the pinned channels allow has "
                 f"{np.ceil(1e4 * reached / self.full) / 1e4:g}."
             )
         while high - low > 1:
@@ -224,8 +224,10 @@ class _Group:
 
 def to_json(analysis: Analysis, keep: np.ndarray, facts: dict[str, Any]) -> str:
     """Write a plan: for every group the indices of the units that stay, in the group's channel order."""
-    groups = [{"name": g.name, "channels": len(g.units), "kept": np.flatnonzero(keep[g.units]).tolist()}
-              for g in analysis.groups]
+    groups = [
+        {"name": g.name, "channels": len(g.units), "kept": np.flatnonzero(keep[g.units]).tolist()}
+        for g in analysis.groups
+    ]
     head = {"schema_version": SCHEMA_VERSION, "kind": "prune-onnx plan"}
     return json.dumps({**head, **facts, "groups": groups}, indent=1)
 

@@ -6,7 +6,8 @@ and fails on 4-bit ones. Here models with such types are refused, and what is dr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -25,16 +26,29 @@ def edit(model: onnx.ModelProto, change: Callable[[gs.Graph], None]) -> onnx.Mod
     Dead nodes and unused tensors are cleaned up and the nodes are sorted.
 
     Raises:
-        ModelError: the model holds tensor types that graphsurgeon corrupts.
+        ModelError: the model holds tensor types that graphsurgeon corrupts, or something else that it cannot take.
     """
     bad = sorted({_T.DataType.Name(t.data_type) for t in model.graph.initializer if t.data_type in LOSSY_TYPES})
     if bad:
         raise ModelError(f"this edit cannot be made on a model with {', '.join(bad)} weights.")
     model = model_io.with_weights(model)
-    graph = gs.import_onnx(model)
+    with _refusing():
+        graph = gs.import_onnx(model)
     change(graph)
-    graph.cleanup().toposort()
-    return restore(gs.export_onnx(graph, do_type_check=False), model)
+    with _refusing():
+        graph.cleanup().toposort()
+        edited = gs.export_onnx(graph, do_type_check=False)
+    return restore(edited, model)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what graphsurgeon stumbles over (names that are no text, unknown attributes) into a message."""
+    try:
+        yield
+    except Exception as error:  # its exceptions share no base class
+        reason = model_io.first_line(error)
+        raise ModelError(f"onnx-graphsurgeon cannot make this edit on the model: {reason}.") from error
 
 
 def to_model(graph: object) -> onnx.ModelProto:

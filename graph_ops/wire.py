@@ -73,6 +73,8 @@ def _tensor(data: mmap.mmap, start: int, end: int, path: str) -> onnx.TensorProt
         else:
             small.append(data[first:last])
     tensor = onnx.TensorProto.FromString(b"".join(small))
+    if any(entry.value == path for entry in tensor.external_data):
+        raise WireError(f"tensor {tensor.name!r} pretends to be a part of the file")
     if large is not None:
         refer(tensor, path, *large)
     return tensor

@@ -50,9 +50,13 @@ def input_shapes(graph: Graph, given: dict[str, Shape], *, batch: int, side: int
         wish = given.get(value.name)
         if wish is not None:
             if len(wish) != len(fixed) or any(f not in (None, w) for f, w in zip(fixed, wish, strict=True)):
-                raise ConfigError(f"--input-shape {value.name}: {'x'.join(map(str, wish))} does not fit the model's "
-                                  f"{'x'.join('?' if f is None else str(f) for f in fixed)}.")
-            shapes[value.name] = (batch if fixed and fixed[0] is None and batch != 1 else wish[0], *wish[1:]) if wish else ()
+                raise ConfigError(
+                    f"--input-shape {value.name}: {'x'.join(map(str, wish))} does not fit the model's "
+                    f"{'x'.join('?' if f is None else str(f) for f in fixed)}."
+                )
+            shapes[value.name] = (
+                (batch if fixed and fixed[0] is None and batch != 1 else wish[0], *wish[1:]) if wish else ()
+            )
         else:
             shapes[value.name] = tuple(f if f is not None else batch if i == 0 else side for i, f in enumerate(fixed))
     return shapes
@@ -77,14 +81,18 @@ def random_feeds(graph: Graph, shapes: dict[str, Shape], seed: int = 0) -> Feeds
 
 def is_dynamic(graph: Graph) -> bool:
     """Whether any input has a size that the file leaves open."""
-    return any(not (d.HasField("dim_value") and d.dim_value > 0)
-               for i in graph.inputs for d in i.type.tensor_type.shape.dim)
+    return any(
+        not (d.HasField("dim_value") and d.dim_value > 0) for i in graph.inputs for d in i.type.tensor_type.shape.dim
+    )
 
 
 def has_dynamic_side(graph: Graph) -> bool:
     """Whether an input has an open size other than its first axis."""
-    return any(not (d.HasField("dim_value") and d.dim_value > 0)
-               for i in graph.inputs for d in list(i.type.tensor_type.shape.dim)[1:])
+    return any(
+        not (d.HasField("dim_value") and d.dim_value > 0)
+        for i in graph.inputs
+        for d in list(i.type.tensor_type.shape.dim)[1:]
+    )
 
 
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype:
@@ -199,11 +207,13 @@ class Prober:
                 if shape:
                     nodes.append(helper.make_node("GatherND", [name, picks[shape].name], [line], name=line))
         constants = [tensor for shape, tensor in picks.items() if shape]
-        self.runner = Runner(graph.model, expose=[*self.whole, *(o for n in nodes for o in n.output)],
-                             nodes=nodes, constants=constants)
+        self.runner = Runner(
+            graph.model, expose=[*self.whole, *(o for n in nodes for o in n.output)], nodes=nodes, constants=constants
+        )
 
-    def run(self, feeds: Feeds, *, lines: bool = True) -> tuple[
-            dict[str, Shape], dict[str, np.ndarray], dict[str, list[np.ndarray]]]:
+    def run(
+        self, feeds: Feeds, *, lines: bool = True
+    ) -> tuple[dict[str, Shape], dict[str, np.ndarray], dict[str, list[np.ndarray]]]:
         """Return shapes, static values and one line per axis of every tensor.
 
         Raises:
@@ -216,8 +226,9 @@ class Prober:
         for name, (_, shape) in picked.items():
             if shapes[name] != shape:
                 raise RunError(f"{MARK}: {name} has another shape than inferred")
-        found = {name: np.split(got[key], np.cumsum(shape[:-1])) if shape else []
-                 for name, (key, shape) in picked.items()}
+        found = {
+            name: np.split(got[key], np.cumsum(shape[:-1])) if shape else [] for name, (key, shape) in picked.items()
+        }
         values: dict[str, np.ndarray] = {}
         for name, array in [*feeds.items(), *((name, got[name]) for name in self.whole)]:
             if not isinstance(array, np.ndarray):
@@ -226,8 +237,9 @@ class Prober:
             if self.graph.is_static(name):
                 values[name] = array
             if array.size:
-                found[name] = [np.array(array[(0,) * a + (slice(None),) + (0,) * (array.ndim - a - 1)])
-                               for a in range(array.ndim)]
+                found[name] = [
+                    np.array(array[(0,) * a + (slice(None),) + (0,) * (array.ndim - a - 1)]) for a in range(array.ndim)
+                ]
         return shapes, values, found
 
 
@@ -236,12 +248,15 @@ def _is_operand(graph: Graph, name: str) -> bool:
     sliced together with their inputs. What lies further back is a second copy of the weights."""
     if name in graph.outputs or name in graph.captured:
         return True
-    return any(node.op_type in PASSED_BY or not all(map(graph.is_static, filter(None, node.outputs)))
-               for node, _ in graph.readers.get(name, ()))
+    return any(
+        node.op_type in PASSED_BY or not all(map(graph.is_static, filter(None, node.outputs)))
+        for node, _ in graph.readers.get(name, ())
+    )
 
 
-def _open(graph: Graph, feeds: Feeds, *, lines: bool = True) -> tuple[Prober, tuple[
-        dict[str, Shape], dict[str, np.ndarray], dict[str, list[np.ndarray]]]]:
+def _open(
+    graph: Graph, feeds: Feeds, *, lines: bool = True
+) -> tuple[Prober, tuple[dict[str, Shape], dict[str, np.ndarray], dict[str, list[np.ndarray]]]]:
     """Open a session and run it; without added nodes where these are what fails (types that they do not take)."""
     known = infer(graph, {name: value.shape for name, value in feeds.items()})
     try:

@@ -88,7 +88,9 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     clock.lap("load")
     progress.note(f"{config.input}: {len(graph.nodes)} nodes, opset {graph.opset}")
     found, feeds, other_feeds = probe(graph, config.input_shape, config.seed)
-    before = Cost(params=cost.params(graph), macs=cost.macs(graph, found.shapes), bytes=model_io.bytes_on_disk(config.input))
+    before = Cost(
+        params=cost.params(graph), macs=cost.macs(graph, found.shapes), bytes=model_io.bytes_on_disk(config.input)
+    )
     every = [feeds, random_feeds(graph, {name: value.shape for name, value in feeds.items()}, config.seed + 1)]
     every += [other_feeds] if other_feeds is not None else []
     clock.lap("probe")
@@ -113,8 +115,11 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
         verify(original, simpler, every, "original")
     verification = _verify(original, analysis, decision, result, every)
     smaller = Graph(result)
-    after = Cost(params=cost.params(smaller), macs=cost.macs(smaller, shapes_at(smaller, feeds)),
-                 bytes=model_io.total_bytes(result))
+    after = Cost(
+        params=cost.params(smaller),
+        macs=cost.macs(smaller, shapes_at(smaller, feeds)),
+        bytes=model_io.total_bytes(result),
+    )
     clock.lap("verify")
     external = bool(model_io.data_files(config.input))
     if not config.dry_run and config.output is not None:
@@ -137,8 +142,13 @@ def _understand(config: SlimConfig, graph: Graph, found: Probe) -> tuple[Analysi
     """
     simpler = None
     while True:
-        analysis = analyse(graph, found, release_norms=config.norms == "release",
-                           select_inputs=config.select_inputs, ignore=config.ignore)
+        analysis = analyse(
+            graph,
+            found,
+            release_norms=config.norms == "release",
+            select_inputs=config.select_inputs,
+            ignore=config.ignore,
+        )
         known = Constants(analysis)
         folded = fold_constant_branches(analysis, known)
         if folded is None:
@@ -215,8 +225,9 @@ def _calibrated(
     return inner, _Decision(done.keep, done.edits, False, done.criterion)
 
 
-def _verify(original: onnx.ModelProto, analysis: Analysis, decision: _Decision, result: onnx.ModelProto,
-            feeds: list[Feeds]) -> Verification:
+def _verify(
+    original: onnx.ModelProto, analysis: Analysis, decision: _Decision, result: onnx.ModelProto, feeds: list[Feeds]
+) -> Verification:
     """Exact removal is held against the original itself, a lossy cut against the masked original."""
     if decision.exact:
         return verify(original, result, feeds, "original")
@@ -227,14 +238,28 @@ def _stamp(result: onnx.ModelProto, config: SlimConfig) -> None:
     """Leave a line of provenance in the model: what was done, and to which file."""
     with config.input.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    entry = {"from_sha256": digest, "budget": config.budget[0], "fraction": config.budget[1], "criterion": config.criterion, "seed": config.seed}
-    history = []
+    name, fraction = config.budget
+    entry = {
+        "from_sha256": digest,
+        "budget": name,
+        "fraction": fraction,
+        "criterion": config.criterion,
+        "seed": config.seed,
+    }
     for prop in result.metadata_props:
         if prop.key == "prune_onnx.slim":
-            history = json.loads(prop.value)
-            prop.value = json.dumps([*history, entry])
+            prop.value = json.dumps([*_history(prop.value), entry])
             return
     result.metadata_props.add(key="prune_onnx.slim", value=json.dumps([entry]))
+
+
+def _history(text: str) -> list[object]:
+    """What earlier calls noted; nothing when somebody else wrote under that key."""
+    try:
+        noted = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return noted if isinstance(noted, list) else []
 
 
 def _odd_widths(analysis: Analysis, keep: np.ndarray) -> list[str]:
@@ -248,24 +273,48 @@ def _odd_widths(analysis: Analysis, keep: np.ndarray) -> list[str]:
 
 
 def _plan_facts(config: SlimConfig, decision: _Decision) -> dict[str, object]:
-    return {"budget": config.budget[0], "fraction": config.budget[1], "criterion": decision.criterion,
-            "norms": config.norms, "ignore": list(config.ignore)}
+    return {
+        "budget": config.budget[0],
+        "fraction": config.budget[1],
+        "criterion": decision.criterion,
+        "norms": config.norms,
+        "ignore": list(config.ignore),
+    }
 
 
-def _report(config: SlimConfig, whole: Analysis, analysis: Analysis, decision: _Decision, before: Cost, after: Cost,
-            verification: Verification, notes: list[str], clock: _Clock) -> SlimResult:
+def _report(
+    config: SlimConfig,
+    whole: Analysis,
+    analysis: Analysis,
+    decision: _Decision,
+    before: Cost,
+    after: Cost,
+    verification: Verification,
+    notes: list[str],
+    clock: _Clock,
+) -> SlimResult:
     keep = decision.keep
     left = {g.name: int(keep[g.units].sum()) for g in analysis.groups}
-    groups = [Group(name=g.name, nodes=list(g.nodes), channels=len(g.units), kept=left.get(g.name, 0),
-                    pinned_by=list(g.pinned_by)) for g in whole.groups]
+    groups = [
+        Group(
+            name=g.name,
+            nodes=list(g.nodes),
+            channels=len(g.units),
+            kept=left.get(g.name, 0),
+            pinned_by=list(g.pinned_by),
+        )
+        for g in whole.groups
+    ]
     channels = sum(len(p.labels) for p in whole.producers if p.weight is not None)
     channels -= sum(int(keep[p.labels].sum()) for p in analysis.producers if p.weight is not None)
     edits = decision.edits
     odd = _odd_widths(analysis, keep)
     if odd:
-        notes.append(f"{len(odd)} convolutions are left with a width that is no multiple of 4 ({', '.join(odd[:4])}"
-                     f"{', ...' if len(odd) > 4 else ''}); ONNX Runtime may run them slower than wider ones. "
-                     "A budget, or --align 4, keeps widths aligned")
+        notes.append(
+            f"{len(odd)} convolutions are left with a width that is no multiple of 4 ({', '.join(odd[:4])}"
+            f"{', ...' if len(odd) > 4 else ''}); ONNX Runtime may run them slower than wider ones. "
+            "A budget, or --align 4, keeps widths aligned"
+        )
     if not any(g.channels > g.kept for g in groups):
         notes.append("nothing was removed: no channel can go under these options")
     return SlimResult(

@@ -52,10 +52,15 @@ class Accuracy(Model):
 
 
 class Sparsity(Model):
-    """Channels of all BatchNorm layers, and those whose scale is exactly zero."""
+    """Channels of all BatchNorm layers, and those whose scale is exactly zero.
+
+    Methods that work on weights add the weights of convolutions and linear layers, and those that are exactly zero.
+    """
 
     channels: int
     dead_channels: int
+    weights: int | None = None
+    zero_weights: int | None = None
 
 
 class TrainResult(StageResult):

@@ -66,13 +66,17 @@ class _Worst:
     def __init__(self) -> None:
         self.absolute = self.relative = self.tolerance = 0.0
 
-    def compare(self, names: list[str], expected: list[np.ndarray], got: list[np.ndarray], kind: str, slack: float) -> None:
+    def compare(
+        self, names: list[str], expected: list[np.ndarray], got: list[np.ndarray], kind: str, slack: float
+    ) -> None:
         """Take in one run's outputs; complain where they differ by more than ``slack`` times the tolerance."""
         for name, a, b in zip(names, expected, got, strict=True):
             if not isinstance(a, np.ndarray):
                 continue
             if a.shape != b.shape:
-                raise VerificationError(f"output {name!r} has shape {b.shape} instead of {a.shape}. Nothing was written.")
+                raise VerificationError(
+                    f"output {name!r} has shape {b.shape} instead of {a.shape}. Nothing was written."
+                )
             if a.dtype.kind in "OUS":  # text
                 if not np.array_equal(a, b):
                     raise VerificationError(f"output {name!r} differs from the {kind} model's. Nothing was written.")

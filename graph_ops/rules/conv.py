@@ -50,8 +50,11 @@ class Conv(Rule):
         whole = group > 1 and self._whole_groups(node, ctx, group, in_channels, out_channels, vector)
         if whole:
             out = self._by_group(node, ctx, vector, group, in_channels, out_channels)
-            ctx.works.append(Work(node, scale * (in_channels // group), (out,)) if out is not None
-                             else Work(node, scale * (in_channels // group) * out_channels, ()))
+            ctx.works.append(
+                Work(node, scale * (in_channels // group), (out,))
+                if out is not None
+                else Work(node, scale * (in_channels // group) * out_channels, ())
+            )
         else:
             out = self._by_position(node, ctx, vector, group, in_channels, out_channels, scale)
         if out is not None:
@@ -74,7 +77,9 @@ class Conv(Rule):
         # Options: 0 cuts positions inside every group, 1 cuts whole groups.
         return bool(ctx.choose(node, 0, [0, 1], {0: vector, 1: vector}))
 
-    def _by_group(self, node: Node, ctx: Context, vector: Vector | None, group: int, cin: int, cout: int) -> Vector | None:
+    def _by_group(
+        self, node: Node, ctx: Context, vector: Vector | None, group: int, cin: int, cout: int
+    ) -> Vector | None:
         if vector is None:
             return None
         heads = ctx.labels.join_across(vector.reshape(group, cin // group), 0)
@@ -84,8 +89,9 @@ class Conv(Rule):
         ctx.produce(node, 1, out, weight=(self.weight, 0) if cout == len(follows) else None)
         return out
 
-    def _by_position(self, node: Node, ctx: Context, vector: Vector | None, group: int, cin: int, cout: int,
-                     scale: int) -> Vector:
+    def _by_position(
+        self, node: Node, ctx: Context, vector: Vector | None, group: int, cin: int, cout: int, scale: int
+    ) -> Vector:
         fresh = ctx.labels.fresh(cout // group)
         out = np.tile(fresh, group)
         inside = None
@@ -98,9 +104,18 @@ class Conv(Rule):
         ctx.operand(node, self.weight, axes)
         ctx.produce(node, 1, out, weight=(self.weight, self.out_axis))
         if inside is not None:
-            ctx.contractions.append(Contraction(
-                node, ((0, 1),), vector, weight=(self.weight, self.in_axis), out=(self.weight, self.out_axis),
-                groups=group, padded=is_padded(node) or self.out_axis == 1, bias=self.bias))
+            ctx.contractions.append(
+                Contraction(
+                    node,
+                    ((0, 1),),
+                    vector,
+                    weight=(self.weight, self.in_axis),
+                    out=(self.weight, self.out_axis),
+                    groups=group,
+                    padded=is_padded(node) or self.out_axis == 1,
+                    bias=self.bias,
+                )
+            )
         factors = tuple(v for v in (out if cout > 1 else None, inside) if v is not None)
         ctx.works.append(Work(node, scale if inside is not None else scale * (cin // group), factors))
         return out
@@ -131,8 +146,7 @@ class Conv(Rule):
             if self.out_axis == 0:
                 cut.set_attribute(node, "group", channels // inside)
             else:
-                cut.set_attribute(node, "group", cut.size(node.outputs[0], 1)
-                                  // cut.operand_size(node, self.weight, 1))
+                cut.set_attribute(node, "group", cut.size(node.outputs[0], 1) // cut.operand_size(node, self.weight, 1))
 
 
 @rule("ConvTranspose")

@@ -63,9 +63,15 @@ class MatMul(Rule):
             follows[outer_w] = out[outer]
         if vector is not None:
             follows[k_w] = vector
-            ctx.contractions.append(Contraction(
-                node, ((self.sides[data], k_x),), vector, weight=(self.sides[weight], k_w),
-                out=(self.sides[weight], outer_w)))
+            ctx.contractions.append(
+                Contraction(
+                    node,
+                    ((self.sides[data], k_x),),
+                    vector,
+                    weight=(self.sides[weight], k_w),
+                    out=(self.sides[weight], outer_w),
+                )
+            )
         ctx.operand(node, self.sides[weight], follows)
         add_work(node, ctx, out, ctx.shape(x)[k_x], vector)
         ctx.set(y, out)

@@ -72,7 +72,9 @@ class Concat(Move):
         for i, _ in fixed:
             ctx.operand(node, i, result)
         if any(cut_axis in ctx.vectors(n) for _, n in moving):
-            result[cut_axis] = np.concatenate([self._part(node, ctx, i, n, cut_axis, (i, n) in fixed) for i, n in names])
+            result[cut_axis] = np.concatenate(
+                [self._part(node, ctx, i, n, cut_axis, (i, n) in fixed) for i, n in names]
+            )
         ctx.set(out, result)
 
     def constants(self, node: Node, known: Constants) -> None:
@@ -117,7 +119,7 @@ class Split(Move):
             size = ctx.shape(out)[axis]
             pieces = dict(ctx.vectors(x))
             if axis in pieces:
-                piece = pieces[axis][start:start + size]
+                piece = pieces[axis][start : start + size]
                 pieces[axis] = piece
                 if size == 1:
                     ctx.pin(piece, node, "a part of length 1 cannot be cut")
@@ -165,8 +167,11 @@ class Slice(Move):
                 continue
             piece = vectors[axis][slice(*_bounds(start, end, step, len(vectors[axis])))]
             if follows_size or len(piece) == 1:
-                ctx.pin(vectors[axis] if follows_size else piece, node,
-                        "its bounds follow a dynamic size" if follows_size else f"it takes one position of axis {axis}")
+                ctx.pin(
+                    vectors[axis] if follows_size else piece,
+                    node,
+                    "its bounds follow a dynamic size" if follows_size else f"it takes one position of axis {axis}",
+                )
             vectors[axis] = piece
         ctx.set(node.outputs[0], vectors)
 
@@ -338,8 +343,10 @@ class Pad(Move):
             kept = cut.kept(node.outputs[0], axis)
             if kept is not None and before[axis] + after[axis]:
                 inside = len(cut.analysis.axes[node.inputs[0]][axis])
-                before[axis], after[axis] = (int((kept < before[axis]).sum()),
-                                             int((kept >= before[axis] + inside).sum()))
+                before[axis], after[axis] = (
+                    int((kept < before[axis]).sum()),
+                    int((kept >= before[axis] + inside).sum()),
+                )
                 changed = True
         if not changed:
             return

@@ -29,7 +29,8 @@ class Pool(Rule):
     def constants(self, node: Node, known: Constants) -> None:
         x, y = node.inputs[0], node.outputs[0]
         keeps_constants = node.op_type in ("MaxPool", "GlobalAveragePool", "GlobalMaxPool") or (
-            node.op_type == "AveragePool" and not (is_padded(node) and node.attribute("count_include_pad", 0)))
+            node.op_type == "AveragePool" and not (is_padded(node) and node.attribute("count_include_pad", 0))
+        )
         for axis in known.axes(y):
             known.set(y, axis, known.flags(x, axis) if keeps_constants else known.zeros(x, axis))
 
@@ -41,7 +42,9 @@ class QuantizedPool(Rule):
     def propagate(self, node: Node, ctx: Context) -> None:
         last = len(ctx.shape(node.inputs[0])) - 1
         channel = last if node.attribute("channels_last", 0) else 1
-        ctx.set(node.outputs[0], ctx.pin_except(node, node.inputs[0], (0, channel), "its window runs along axis {axis}"))
+        ctx.set(
+            node.outputs[0], ctx.pin_except(node, node.inputs[0], (0, channel), "its window runs along axis {axis}")
+        )
 
 
 @rule("RoiAlign", "MaxRoiPool", "GridSample")

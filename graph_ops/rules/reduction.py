@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..analysis import Context
     from ..constants import Constants
 
-REDUCTIONS = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split()
+REDUCTIONS = ["L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"]
 
 
 def reduced_axes(node: Node, rank: int, value: object) -> list[int]:
@@ -37,8 +37,14 @@ class Reduce(Rule):
             return
         axes = reduced_axes(node, rank, value)
         vectors = across(node, ctx, dict(ctx.vectors(x)), set(axes), "it")
-        ctx.set(node.outputs[0], {a if node.attribute("keepdims", 1) else a - sum(r < a for r in axes): v
-                                  for a, v in vectors.items() if a not in axes})
+        ctx.set(
+            node.outputs[0],
+            {
+                a if node.attribute("keepdims", 1) else a - sum(r < a for r in axes): v
+                for a, v in vectors.items()
+                if a not in axes
+            },
+        )
 
     def constants(self, node: Node, known: Constants) -> None:
         # A sum of a constant follows the map's size; mean, max and min do not.
@@ -72,7 +78,9 @@ class Arg(Rule):
     def propagate(self, node: Node, ctx: Context) -> None:
         x = node.inputs[0]
         axis = node.attribute("axis", 0) % len(ctx.shape(x))
-        kept = ctx.pin_except(node, x, [a for a in range(len(ctx.shape(x))) if a != axis], "it compares along axis {axis}")
+        kept = ctx.pin_except(
+            node, x, [a for a in range(len(ctx.shape(x))) if a != axis], "it compares along axis {axis}"
+        )
         keepdims = node.attribute("keepdims", 1)
         ctx.set(node.outputs[0], {a if keepdims or a < axis else a - 1: v for a, v in kept.items()})
 

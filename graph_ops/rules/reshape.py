@@ -84,8 +84,9 @@ class Reshape(Move):
             self._place(node, ctx, number, grid, right, result)
         ctx.set(y, result)
 
-    def _place(self, node: Node, ctx: Context, number: int, grid: np.ndarray, axes: list[int],
-               result: dict[int, Vector]) -> None:
+    def _place(
+        self, node: Node, ctx: Context, number: int, grid: np.ndarray, axes: list[int], result: dict[int, Vector]
+    ) -> None:
         if len(axes) == 1:
             result[axes[0]] = np.ascontiguousarray(grid)
             return
@@ -105,7 +106,7 @@ class Reshape(Move):
         before, after = known.shape(node.inputs[0]), known.shape(node.outputs[0])
         goes: dict[int, set[int]] = {a: set() for a in range(len(before))}
         for left, right in blocks(before, after):
-            goes.update(dict.fromkeys(left, set(right)))
+            goes.update({axis: set(right) for axis in left})
         return {0: goes}
 
     def rewrite(self, node: Node, cut: Cut) -> None:
