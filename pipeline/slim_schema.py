@@ -28,13 +28,13 @@ class SlimConfig(BaseModel):
         calibration: unlabelled inputs: the name of a data set, an .npz or .npy file, or a folder of images. With them a
             budget keeps most of the accuracy: channels are chosen by what their readers lose, and these are refitted.
         calibration_size: how many inputs are used.
-        compensate: ``least-squares`` refits the layers that read removed channels (with calibration), ``none`` does not.
+        compensate: ``least-squares`` refits the layers that read removed channels (with calibration), ``none`` not.
         data_dir: folder of the data files.
         download: fetch missing data files.
         mean: per channel, of pixel/255; ``None`` means the model's recipe, else the data set's own.
         std: likewise.
         align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, 1 is off.
-            Exact removal takes every dead channel under ``auto``; with a number, dead channels stay to fill up the steps.
+            Exact removal takes every dead channel under ``auto``; with a number, some stay to fill up the steps.
         min_keep: fraction of its channels that every group keeps at least.
         norms: ``pin`` keeps an axis whole when a LayerNorm, GroupNorm or reduction runs across it; ``release`` cuts it.
         select_inputs: prune pre-activation and dense nets per consumer, through a Gather before the BatchNormalization.
