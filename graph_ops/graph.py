@@ -58,7 +58,10 @@ class Node:
     def attribute(self, name: str, default: Any = None) -> Any:
         """Return an attribute's value (str for strings), or ``default``."""
         if self._attributes is None:
-            self._attributes = {a.name: helper.get_attribute_value(a) for a in self.proto.attribute}
+            try:
+                self._attributes = {a.name: helper.get_attribute_value(a) for a in self.proto.attribute}
+            except ValueError as error:  # a function's parameter, outside of any function
+                raise ModelError(f"{self} has an attribute without a value.") from error
         value = self._attributes.get(name, default)
         return value.decode() if isinstance(value, bytes) else value
 

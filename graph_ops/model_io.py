@@ -11,17 +11,19 @@ from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import checker, external_data_helper, inliner, shape_inference
+from onnx import checker, external_data_helper, shape_inference
 
 from . import wire
 from .errors import ModelError, OutputError
 from .files import atomic_write
+from .functions import inlined
 from .graph import external_position, raw_bytes, subgraphs
 from .wire import PACKED_TYPES, copy_fields
 
 _T = onnx.TensorProto
 FEEDABLE_TYPES = frozenset({_T.FLOAT, _T.DOUBLE, _T.FLOAT16, _T.INT8, _T.UINT8, _T.INT32})
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
+TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 PROTOBUF_LIMIT = 2**31 - 2**20
 
 
@@ -52,20 +54,20 @@ def load(source: str | Path | onnx.ModelProto | object) -> onnx.ModelProto:
         raise ModelError(f"{where} is not an ONNX model, or an empty one (it has no nodes or no outputs).")
     foreign = _foreign_operators(model)
     if foreign:
-        raise ModelError(f"{where} uses custom operators that ONNX Runtime does not know: {', '.join(foreign)}. "
-                         "Replace them, or put them behind a model boundary.")
+        raise ModelError(
+            f"{where} uses custom operators that ONNX Runtime does not know: {', '.join(foreign)}. "
+            "Replace them, or put them behind a model boundary."
+        )
     for tensor in model.graph.initializer:
         _check_tensor(tensor, where)
     try:
         checker.check_model(split_weights(model)[0])
     except (checker.ValidationError, ValueError) as error:
         raise ModelError(f"{where} is not a valid ONNX model: {first_line(error)}.") from error
-    if model.functions:
-        try:
-            model = inliner.inline_local_functions(model)
-        except RuntimeError as error:
-            raise ModelError(f"{where} has functions that cannot be inlined: {first_line(error)}.") from error
-    return model
+    try:
+        return inlined(model)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -116,8 +118,9 @@ def _external_file(tensor: onnx.TensorProto, path: Path) -> tuple[str, int, int]
         there = file.is_file()
         size = file.stat().st_size if there else 0
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
-        raise ModelError(f"{path}: tensor {tensor.name!r} is stored in {str(location)!r}, which cannot be read: {error}.") \
-            from error
+        raise ModelError(
+            f"{path}: tensor {tensor.name!r} is stored in {str(location)!r}, which cannot be read: {error}."
+        ) from error
     if location.is_absolute() or ".." in location.parts or not file.is_relative_to(folder) or not location.parts:
         raise ModelError(f"{path}: tensor {tensor.name!r} points outside the model's folder ({location}).")
     if not there:
@@ -128,8 +131,9 @@ def _external_file(tensor: onnx.TensorProto, path: Path) -> tuple[str, int, int]
     except ValueError:
         raise ModelError(f"{path}: tensor {tensor.name!r} has an external position that is no number.") from None
     if offset < 0 or length < 0 or offset + length > size:
-        raise ModelError(f"{path}: tensor {tensor.name!r} needs bytes {offset} to {offset + length} of {location}, "
-                         f"which has {size}.")
+        raise ModelError(
+            f"{path}: tensor {tensor.name!r} needs bytes {offset} to {offset + length} of {location}, which has {size}."
+        )
     return str(file), offset, length
 
 
@@ -162,6 +166,8 @@ def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
     except KeyError:
         raise ModelError(f"{where}: initializer {tensor.name!r} has an unknown type ({tensor.data_type}).") from None
     if external_data_helper.uses_external_data(tensor):
+        if any(len(getattr(tensor, field)) for field in TYPED_FIELDS):
+            raise ModelError(f"{where}: initializer {tensor.name!r} holds its values twice.")
         have = next((int(e.value) for e in tensor.external_data if e.key == "length"), 0)
     elif tensor.HasField("raw_data"):
         have = len(tensor.raw_data)
@@ -169,7 +175,9 @@ def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
         return
     need = math.prod(tensor.dims) * itemsize
     if have != need:
-        raise ModelError(f"{where}: initializer {tensor.name!r} of shape {list(tensor.dims)} needs {need} bytes and has {have}.")
+        raise ModelError(
+            f"{where}: initializer {tensor.name!r} of shape {list(tensor.dims)} needs {need} bytes and has {have}."
+        )
 
 
 def split_weights(model: onnx.ModelProto, limit: int = 1024) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
@@ -194,7 +202,9 @@ def split_weights(model: onnx.ModelProto, limit: int = 1024) -> tuple[onnx.Model
             continue
         weights.append(tensor)
         if tensor.name not in inputs:
-            skeleton.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+            skeleton.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
     return skeleton, weights
 
 
@@ -217,6 +227,12 @@ def _foreign_operators(model: onnx.ModelProto) -> list[str]:
 
     def visit(nodes: object) -> None:
         for node in nodes:  # type: ignore[attr-defined]
+            for text in (node.name, node.op_type, node.domain, *node.input, *node.output):
+                if not isinstance(text, str):  # protobuf hands out bytes that are not UTF-8 as they are
+                    raise ModelError(f"the name {text!r} of a node or tensor is not valid text.")
+            parts = next((a.i for a in node.attribute if a.name == "num_outputs"), None)
+            if node.op_type == "Split" and parts not in (None, len(node.output)):  # shape inference would allocate them
+                raise ModelError(f"Split node {node.name!r} has {len(node.output)} outputs and wants {parts}.")
             if node.domain not in KNOWN_DOMAINS and (node.domain, node.op_type) not in own:
                 found[f"{node.domain}::{node.op_type}"] = None
             for body in subgraphs(node):

@@ -79,6 +79,6 @@ def read(model: onnx.ModelProto) -> Preprocessing | None:
                     layout=str(raw.get("layout", "NCHW")),
                     scale=float(raw.get("scale", 255.0)),
                 )
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise ModelError(f"metadata entry {KEY!r} cannot be read: {error}.") from error
     return None

@@ -16,8 +16,11 @@ from . import model_io
 from .errors import ModelError
 
 _T = onnx.TensorProto
-LOSSY_TYPES = frozenset(getattr(_T, name) for name in ("INT4", "UINT4", "FLOAT4E2M1", "FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ")
-                        if hasattr(_T, name))
+LOSSY_TYPES = frozenset(
+    getattr(_T, name)
+    for name in ("INT4", "UINT4", "FLOAT4E2M1", "FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ")
+    if hasattr(_T, name)
+)
 
 
 def edit(model: onnx.ModelProto, change: Callable[[gs.Graph], None]) -> onnx.ModelProto:
@@ -91,8 +94,11 @@ def restore(edited: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelPro
         field.extend(stays)
     if result.ir_version < 4:  # every initializer is a graph input as well
         listed = {i.name for i in result.graph.input}
-        result.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
-                                  for t in result.graph.initializer if t.name not in listed)
+        result.graph.input.extend(
+            onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+            for t in result.graph.initializer
+            if t.name not in listed
+        )
     marks = [q for q in result.graph.quantization_annotation if q.tensor_name in alive]
     del result.graph.quantization_annotation[:]
     result.graph.quantization_annotation.extend(marks)

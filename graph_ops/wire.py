@@ -1,12 +1,13 @@
 """Reads an ONNX file without reading its weights, and writes one without a second copy of them.
 
-A model file is a protobuf message whose bulk is the ``raw_data`` of its initializers. Here the message is walked field by
-field, the bulk is left where it lies, and the initializers come out as if their data were stored externally: in the model
-file itself, at the position where the bytes are. They are mapped into memory only when somebody looks at them. Writing
-goes the same way back: the message around the weights is put together, the weights are passed through one by one.
+A model file is a protobuf message whose bulk is the ``raw_data`` of its initializers. Here the message is walked
+field by field, the bulk is left where it lies, and the initializers come out as if their data were stored externally:
+in the model file itself, at the position where the bytes are. They are mapped into memory only when somebody looks at
+them. Writing goes the same way back: the message around the weights is put together, the weights are passed through
+one by one.
 
-Wire format (protobuf encoding): a field is a varint ``number << 3 | type``; type 0 is a varint, 1 eight bytes, 2 a length
-and that many bytes, 5 four bytes.
+Wire format (protobuf encoding): a field is a varint ``number << 3 | type``; type 0 is a varint, 1 eight bytes, 2 a
+length and that many bytes, 5 four bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from .graph import external_position, raw_bytes
 
 LARGE = 1024  # bytes; smaller tensors are read at once
 # Types of which one byte holds several values.
-PACKED_TYPES = frozenset(getattr(onnx.TensorProto, name) for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
-                         if hasattr(onnx.TensorProto, name))
+PACKED_TYPES = frozenset(
+    getattr(onnx.TensorProto, name)
+    for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
+    if hasattr(onnx.TensorProto, name)
+)
 
 _MODEL_GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 _GRAPH_INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number

@@ -19,7 +19,7 @@ from prune_onnx.graph_ops.analysis import Analysis, analyse
 from prune_onnx.graph_ops.branches import fold_constant_branches
 from prune_onnx.graph_ops.constants import Constants
 from prune_onnx.graph_ops.cut import cut
-from prune_onnx.graph_ops.errors import OutputError, PlanError
+from prune_onnx.graph_ops.errors import ModelError, OutputError, PlanError
 from prune_onnx.graph_ops.exact import Edits, carry, removable
 from prune_onnx.graph_ops.files import check_output, write_text
 from prune_onnx.graph_ops.fold import fold_batch_norm
@@ -62,6 +62,7 @@ class _Clock:
         self._last = now
 
 
+@np.errstate(all="ignore")  # weights may be infinite or not a number; the verification looks at what comes of it
 def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
     """Remove channels from an ONNX file.
 
@@ -79,6 +80,13 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
         VerificationError: the result differs from its reference; nothing is written.
         OutputError: an output exists or cannot be written.
     """
+    try:
+        return _slim(config, progress)
+    except MemoryError as error:
+        raise ModelError(f"{config.input} needs more memory than there is.") from error
+
+
+def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     clock = _Clock()
     _check_paths(config)
     if config.criterion is not None:

@@ -319,7 +319,6 @@ class Pad(Move):
         ctx.set(node.outputs[0], result)
 
     def constants(self, node: Node, known: Constants) -> None:
-        super().constants(node, known)
         amounts = self.amounts(node, known)  # type: ignore[arg-type]
         if amounts is None:
             return
@@ -329,7 +328,8 @@ class Pad(Move):
         for axis in known.axes(y):
             before, after = amounts[0][axis], amounts[1][axis]
             inner = known.flags(x, axis)
-            if any(a != axis and amounts[0][a] | amounts[1][a] for a in range(len(amounts[0]))):
+            filled = node.attribute("mode", "constant") == "constant"
+            if filled and any(a != axis and amounts[0][a] | amounts[1][a] for a in range(len(amounts[0]))):
                 inner = inner & (known.line(x, axis) == fill) if fill is not None else np.zeros_like(inner)
             edge = np.full(before, fill is not None), np.full(after, fill is not None)
             if before >= 0 and after >= 0 and len(inner) + before + after == known.shape(y)[axis]:

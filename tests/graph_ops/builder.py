@@ -179,8 +179,11 @@ def random_keep(analysis: Analysis, seed: int, fraction: float) -> np.ndarray:
     for vector in analysis.vectors():
         if not keep[vector].any():
             keep[rng.choice(vector)] = True
-    for fork in reversed(analysis.forks):  # what a reader keeps must be there
-        keep[fork.source[keep[fork.labels]]] = True
+    while True:  # what a reader keeps must be there
+        needed = [fork.source[keep[fork.labels]] for fork in analysis.forks]
+        if all(keep[units].all() for units in needed):
+            break
+        keep[np.concatenate(needed)] = True
     return keep
 
 

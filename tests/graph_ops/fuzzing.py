@@ -9,6 +9,7 @@ knows which case took the process down.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -30,13 +31,26 @@ from prune_onnx.pipeline import runner
 from prune_onnx.pipeline.slim import slim
 from prune_onnx.pipeline.slim_schema import SlimConfig
 
+from .bombs import BOMBS
 from .net import Net
 
 MEMORY = 4 * 2**30
 RUN_LIMIT_S = 2.0
 PAD = {"pads": [1, 1, 1, 1]}
 SIZES = (0, -1, 1, 2, 3, 7, 255, 2**16, 10**9, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63))
-TEXTS = ("", "x", "..", "../model.onnx", "/etc/passwd", "\u0000", "\U0001f9e0", "a" * 5000, "ai.onnx.ml", "com.microsoft", "Loop")
+TEXTS = (
+    "",
+    "x",
+    "..",
+    "../model.onnx",
+    "/etc/passwd",
+    "\u0000",
+    "\U0001f9e0",
+    "a" * 5000,
+    "ai.onnx.ml",
+    "com.microsoft",
+    "Loop",
+)
 
 
 # -- seeds -----------------------------------------------------------------------------------------------------------
@@ -65,8 +79,10 @@ def tokens() -> onnx.ModelProto:
     y = net.op("LayerNormalization", y, net.positive(12), net.random(12), axis=-1)
     batch = net.op("Gather", net.op("Shape", y), np.asarray([0]), axis=0)
     target = net.op("Concat", batch, np.asarray([6, 3, 4]), axis=0)
-    q, k, v = (net.op("Transpose", net.op("Reshape", net.matmul(y, 12), target, dims=[0, 6, 3, 4]), perm=perm)
-               for perm in ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]))
+    q, k, v = (
+        net.op("Transpose", net.op("Reshape", net.matmul(y, 12), target, dims=[0, 6, 3, 4]), perm=perm)
+        for perm in ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])
+    )
     y = net.op("MatMul", net.op("Softmax", net.op("MatMul", q, k), axis=-1), v)
     y = net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), np.asarray([0, 6, 12]))
     return net.model(net.op("ReduceMean", net.matmul(y, 5), axes=[1], keepdims=0))
@@ -89,27 +105,39 @@ def old() -> onnx.ModelProto:
 
 
 def control() -> onnx.ModelProto:
-    """A branch that reads outer weights, a loop, a function, a sparse initializer."""
+    """A branch that reads outer weights, a loop, a function."""
     net = Net(seed=4)
     y = net.relu(net.conv(net.input(1, 3, 6, 6), 6, name="stem"))
     weight = net.const(net.random(6, 6, 1, 1))
     flag = net.const(np.asarray(True))
     branches = {}
     for name, op in (("then_branch", "Relu"), ("else_branch", "Neg")):
-        nodes = [helper.make_node("Conv", [y, weight], [f"{name}_c"]), helper.make_node(op, [f"{name}_c"], [f"{name}_y"])]
-        branches[name] = helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(f"{name}_y", 1, None)])
+        nodes = [
+            helper.make_node("Conv", [y, weight], [f"{name}_c"]),
+            helper.make_node(op, [f"{name}_c"], [f"{name}_y"]),
+        ]
+        branches[name] = helper.make_graph(nodes, name, [], [_value(f"{name}_y", TensorProto.FLOAT, None)])
     z = net.op("If", flag, dims=[1, 6, 4, 4], **branches)
+    net.types[z] = net.types[y]
     body = helper.make_graph(
-        [helper.make_node("Add", ["s", "s"], ["t"]), helper.make_node("Identity", ["go"], ["again"])], "body",
-        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-         helper.make_tensor_value_info("s", TensorProto.FLOAT, None)],
-        [helper.make_tensor_value_info("again", TensorProto.BOOL, []), helper.make_tensor_value_info("t", TensorProto.FLOAT, None)])
+        [helper.make_node("Add", ["s", "s"], ["t"]), helper.make_node("Identity", ["go"], ["again"])],
+        "body",
+        [_value("i", TensorProto.INT64, []), _value("go", TensorProto.BOOL, []), _value("s", TensorProto.FLOAT, None)],
+        [_value("again", TensorProto.BOOL, []), _value("t", TensorProto.FLOAT, None)],
+    )
     z = net.op("Loop", np.asarray(2), flag, z, dims=[1, 6, 4, 4], body=body)
+    net.types[z] = net.types[y]
     z = net.op("twice", net.conv(z, 6, 1), domain="own", dims=[1, 6, 4, 4])
     model = net.model(net.gemm(net.op("Flatten", net.op("GlobalAveragePool", z)), 3))
-    model.functions.append(helper.make_function(
-        "own", "twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]))
+    model.functions.append(
+        helper.make_function(
+            "own", "twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]
+        )
+    )
     return model
+
+
+_value = helper.make_tensor_value_info
 
 
 def quantised() -> onnx.ModelProto:
@@ -117,8 +145,8 @@ def quantised() -> onnx.ModelProto:
     net = Net(seed=5)
     y = net.input(1, 3, 6, 6)
     for n, cin in ((8, 3), (6, 8)):
-        q = net.op("QuantizeLinear", y, np.float32(0.05).reshape(()), np.asarray(3, np.uint8))
-        x = net.op("DequantizeLinear", q, np.float32(0.05).reshape(()), np.asarray(3, np.uint8))
+        q = net.op("QuantizeLinear", y, np.asarray(0.05, np.float32), np.asarray(3, np.uint8))
+        x = net.op("DequantizeLinear", q, np.asarray(0.05, np.float32), np.asarray(3, np.uint8))
         codes = net.rng.integers(-90, 90, (n, cin, 3, 3)).astype(np.int8)
         w = net.op("DequantizeLinear", codes, net.positive(n) * 0.01, np.zeros(n, np.int8), axis=0)
         y = net.relu(net.op("Conv", x, w, net.random(n), **PAD))
@@ -133,7 +161,8 @@ def pruned() -> onnx.ModelProto:
 
 
 SEEDS: dict[str, Callable[[], onnx.ModelProto]] = {
-    f.__name__: f for f in (convolutions, tokens, old, control, quantised, pruned)}
+    f.__name__: f for f in (convolutions, tokens, old, control, quantised, pruned)
+}
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -147,7 +176,7 @@ def damage_bytes(data: bytes, rng: np.random.Generator, other: bytes) -> bytes:
         for _ in range(int(2 ** rng.uniform(0, 5))):
             out[int(rng.integers(len(out)))] ^= 1 << int(rng.integers(8))
     elif kind == 2:
-        del out[int(rng.integers(len(out))):]
+        del out[int(rng.integers(len(out))) :]
     elif kind == 3:
         del out[a:b]
     elif kind == 4:
@@ -211,7 +240,9 @@ def _damage_list(values: Any, field: FieldDescriptor, rng: np.random.Generator, 
             _assign(values.append, None, field, rng, names)
 
 
-def _assign(put: Callable[[Any], None], old: Any, field: FieldDescriptor, rng: np.random.Generator, names: list[str]) -> None:
+def _assign(
+    put: Callable[[Any], None], old: Any, field: FieldDescriptor, rng: np.random.Generator, names: list[str]
+) -> None:
     """Give a scalar another value of its type, as odd as possible."""
     kind = field.cpp_type
     if kind in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
@@ -220,7 +251,7 @@ def _assign(put: Callable[[Any], None], old: Any, field: FieldDescriptor, rng: n
         value = int(rng.integers(0, 30))
     elif kind == FieldDescriptor.CPPTYPE_STRING and field.type == FieldDescriptor.TYPE_BYTES:
         old = old or b""
-        value = (b"", old[: len(old) // 2], old + b"\x00" * 4, old + os.urandom(0) + b"\xff" * 4096, b"SAME_UPPER")[rng.integers(5)]
+        value = (b"", old[: len(old) // 2], old + b"\x00" * 4, old + b"\xff" * 4096, b"SAME_UPPER")[rng.integers(5)]
     elif kind == FieldDescriptor.CPPTYPE_STRING:
         value = names[rng.integers(len(names))] if names and rng.random() < 0.6 else TEXTS[rng.integers(len(TEXTS))]
     else:
@@ -242,8 +273,20 @@ def damage_external(folder: Path, model: onnx.ModelProto, rng: np.random.Generat
     entry = tensor.external_data[rng.integers(len(tensor.external_data))]
     action = rng.integers(7)
     if action <= 1:
-        entry.value = ("../weights.bin", "/etc/passwd", "", ".", "weights.bin/../../x", "-1", "1e3", "99999999999999999999",
-                       "4097", "\u0000", "model.onnx", "nothing.bin")[rng.integers(12)]
+        entry.value = (
+            "../weights.bin",
+            "/etc/passwd",
+            "",
+            ".",
+            "weights.bin/../../x",
+            "-1",
+            "1e3",
+            "99999999999999999999",
+            "4097",
+            "\u0000",
+            "model.onnx",
+            "nothing.bin",
+        )[rng.integers(12)]
     elif action == 2:
         entry.key = ("location", "offset", "length", "checksum", "")[rng.integers(5)]
     elif action == 3:
@@ -280,16 +323,33 @@ def write_case(folder: Path, i: int, seed: int) -> str:
     return f"{name}, external data"
 
 
+def write_bomb(folder: Path, name: str) -> str:
+    """Write one of the files that ask for much."""
+    model = BOMBS[name]()
+    (folder / "model.onnx").write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
+    return name
+
+
 # -- one case --------------------------------------------------------------------------------------------------------
-def run_case(i: int, seed: int) -> dict[str, Any]:
-    """Run one case and say how it ended; ``fault`` is there when it ended as it must not."""
+def run_case(i: int, make: Callable[[Path], str]) -> dict[str, Any]:
+    """Run one case and say how it ended; ``fault`` is there when it ended as it must not.
+
+    Args:
+        i: its number, by which the options are chosen.
+        make: writes ``model.onnx`` into a folder and says what it was made from.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = write_case(folder, i, seed)
+        made = make(folder)
         before = sorted(p.name for p in folder.iterdir())
         content = (folder / "model.onnx").read_bytes()
-        options: dict[str, Any] = ({"keep_channels": 0.5}, {"keep_macs": 0.6, "norms": "release"}, {"exact": True},
-                                   {"select_inputs": True, "keep_params": 0.7}, {"fold_bn": True})[i % 5]
+        options: dict[str, Any] = (
+            {"keep_channels": 0.5},
+            {"keep_macs": 0.6, "norms": "release"},
+            {"exact": True},
+            {"select_inputs": True, "keep_params": 0.7},
+            {"fold_bn": True},
+        )[i % 5]
         report: dict[str, Any] = {"case": i, "made": made}
         started = time.process_time()
         try:
@@ -308,9 +368,9 @@ def run_case(i: int, seed: int) -> dict[str, Any]:
         after = sorted(p.name for p in folder.iterdir())
         allowed = [*before, "out.onnx", "out.onnx.data"] if report["end"] == "written" else before
         if set(after) - set(allowed) or set(before) - set(after):
-            report["fault"] = f"files after {report['end']}: {after}"
+            report["fault"] = f"files after {report['end']}: {after}. {report.get('fault', '')}"
         if (folder / "model.onnx").read_bytes() != content:
-            report["fault"] = "the input was changed"
+            report["fault"] = f"the input was changed. {report.get('fault', '')}"
     return report
 
 
@@ -320,6 +380,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--core", type=int, default=0, help="run on this one of the cores that the process may use")
+    parser.add_argument("--bombs", action="store_true", help="run those instead")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[options.core % len(cores)]})
@@ -327,7 +388,10 @@ def main() -> None:
     runner.LIMIT_S = RUN_LIMIT_S
     for i in range(options.first, options.last):
         print(json.dumps({"start": i}), flush=True)
-        print(json.dumps(run_case(i, options.seed)), flush=True)
+        make = functools.partial(write_case, i=i, seed=options.seed)
+        if options.bombs:
+            make = functools.partial(write_bomb, name=list(BOMBS)[i])
+        print(json.dumps(run_case(i, make)), flush=True)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,22 @@ def test_pools(op: str, attributes: dict, constant: bool, dtype: type) -> None:
     assert not constant or exact.naive > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("mode", "fill", "constant"),
+    [("constant", None, False), ("constant", 0.3, True), ("reflect", None, True), ("edge", None, True)],
+)
+def test_padding_as_a_node_of_its_own(mode: str, fill: float | None, constant: bool) -> None:
+    """A border of another value ends a constant; one of the same value, or taken from the map, does not."""
+    net = Net()
+    y = net.conv(net.input(1, 3, 7, 7), 10, bias=False, name="dying")
+    mask = dead_mask(net, 10)
+    y = net.relu(net.bn(y, gamma=np.where(mask, 0, net.positive(10)), beta=np.full(10, 0.3)))
+    y = net.op("Pad", y, [0, 0, 1, 2, 0, 0, 1, 0], *([] if fill is None else [net.const(fill)]), mode=mode)
+    exact = check_exact(net.model(net.head(living(net, y))))
+    assert exact.kept("dying") == 10 - constant * int(mask.sum())
+    assert exact.naive > 1e-3 or not constant
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("tail", ["Flatten", "GlobalAveragePool", "GlobalMaxPool", "Reshape", "ReduceMean", "MatMul"])
 def test_tails(tail: str, dtype: type) -> None:
@@ -290,6 +306,18 @@ def test_addition(padded: bool, dtype: type) -> None:
     assert exact.naive > 1e-3
 
 
+@pytest.mark.parametrize(("op", "gone"), [("Add", False), ("Sub", False), ("Max", False), ("Mul", True)])
+def test_zero_beside_something_alive(op: str, gone: bool) -> None:
+    """Zero times anything is zero; with anything else it is what stands beside it."""
+    net = Net()
+    x = net.input(1, 3, 7, 7)
+    mask = dead_mask(net, 12)
+    y = net.bn(net.conv(x, 12, name="left"), gamma=np.where(mask, 0, net.positive(12)), beta=np.where(mask, 0, 0.3))
+    y = net.op(op, y, net.op("Add", net.conv(x, 12, name="right"), net.const(2.0)))
+    exact = check_exact(net.model(net.head(living(net, net.op("Tanh", y), **PAD))))
+    assert exact.kept("left") == 12 - gone * int(mask.sum())
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_concatenation(padded: bool, dtype: type) -> None:
@@ -308,7 +336,7 @@ def test_concatenation(padded: bool, dtype: type) -> None:
 def test_a_constant_beside_a_token_is_none() -> None:
     """Joined over space with stored values, a dead channel holds two different numbers."""
     net = Net()
-    y, dead = dying(net, net.input(1, 3, 7, 7), 12, name="dying")
+    y, _ = dying(net, net.input(1, 3, 7, 7), 12, name="dying")
     y = net.op("Concat", y, net.random(1, 12, 1, 5), axis=2)
     exact = check_exact(net.model(net.head(living(net, y))))
     assert exact.kept("dying") == 12

@@ -266,6 +266,15 @@ add("microsoft_QLinearSigmoid", quantized_unary("QLinearSigmoid"), "com.microsof
 add("microsoft_QLinearLeakyRelu", quantized_unary("QLinearLeakyRelu", alpha=0.1), "com.microsoft.QLinearLeakyRelu")
 
 
+@case("QuantizeLinear DequantizeLinear", check=MACS_ONLY)
+def qdq_channels_last(net: Net) -> str:
+    """Scales along the last axis, where the channels are."""
+    y = net.op("Transpose", net.conv(net.input(1, 3, 8, 8), 8), perm=[0, 2, 3, 1])
+    scale, zero = net.positive(8) * np.float32(0.05), np.full(8, 3, np.int8)
+    y = net.op("DequantizeLinear", net.op("QuantizeLinear", y, scale, zero, axis=-1), scale, zero, axis=3)
+    return net.head(net.conv(net.op("Transpose", net.relu(y), perm=[0, 3, 1, 2]), 5))
+
+
 def qdq(domain: str, per_channel: bool) -> object:
     """Fake quantisation of activations and weights, per tensor and per channel."""
 

@@ -144,6 +144,12 @@ add("slice_backwards_to_the_front", sliced(17, [-1], [-BIG], [1], [-1]), "Slice"
 add("slice_space_steps", sliced(17, [0, 1], [BIG, BIG], [2, 3], [2, 1]), "Slice")
 
 
+@case("Split", pinned=("stem", "head"))
+def split_off_one(net: Net) -> str:
+    """A part of length 1 cannot be cut; the others can."""
+    return parts(net, net.op("Split", net.conv(net.input(1, 3, 6, 6), 12, name="stem"), [1, 7, 4], outputs=3, axis=1))
+
+
 @case("Slice Concat")
 def slices_that_overlap(net: Net) -> str:
     y = net.conv(net.input(1, 3, 6, 6), 12)
