@@ -176,6 +176,8 @@ def show_train(console: Console, result: TrainResult) -> None:
         table.add_row("validation accuracy", percent(result.accuracy.validation))
     table.add_row("test accuracy", percent(result.accuracy.test))
     table.add_row("dead channels", f"{result.sparsity.dead_channels:,} of {result.sparsity.channels:,}")
+    if result.sparsity.weights is not None:
+        table.add_row("zero weights", f"{result.sparsity.zero_weights:,} of {result.sparsity.weights:,}")
     console.out.print(table)
     console.say(f"{result.model} on {result.dataset}, {result.method}, {result.epochs} epochs.")
     console.say(f"Written: {result.artifacts['model']}")

@@ -77,7 +77,11 @@ command = StageCommand(
             "batch_size", "lr", "momentum", "nesterov", "weight_decay", "norm_decay", "schedule", "milestones",
             "lr_decay", "warmup_epochs", "clip", "device", "precision", "checkpoint_every",
         ),
-        "Sparsity (the method's own)": ("lambda", "penalty", "every", "init_gamma"),
+        "Sparsity (the method's own)": (
+            "lambda", "penalty", "every", "init_gamma", "direction", "layers", "prox", "prune_ratio",
+            "prune_ratio_start", "scope", "rounds", "retrain_epochs", "rewind", "samples", "alpha", "conv_alpha",
+            "variant", "rho", "fw_steps", "norm_share",
+        ),
     },
     metavars={"model": "NAME", "dataset": "NAME", "method": "NAME", "output": "RUN_DIR", "data_dir": "DIR"},
     listings=(

@@ -53,7 +53,7 @@ class Batches:
         mean: per channel, of pixel/255.
         std: likewise.
         augment: ``"none"``; ``"shift"``: by up to 1 pixel either way (2 from 16 pixels on), filled with 0;
-            ``"flip-crop"``: horizontal flip and crop after padding by 4 zeros. For :meth:`shuffled` only.
+            ``"flip"``: horizontal flip; ``"flip-crop"``: also a crop after padding by 4 zeros. For :meth:`shuffled` only.
         seed: of order and augmentation.
         device: where the images live.
 
@@ -80,8 +80,8 @@ class Batches:
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
         self.seed = seed
-        self.flip = augment == "flip-crop"
-        self.margin = {"none": 0, "shift": 2 if min(images.shape[2:]) >= 16 else 1, "flip-crop": 4}[augment]
+        self.flip = augment in ("flip", "flip-crop")
+        self.margin = {"none": 0, "shift": 2 if min(images.shape[2:]) >= 16 else 1, "flip": 0, "flip-crop": 4}[augment]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,6 +91,11 @@ class Batches:
         for first in range(0, len(self), batch_size):
             chosen = slice(first, first + batch_size)
             yield self._normalise(self.images[chosen]), self.labels[chosen]
+
+    def at(self, indices: torch.Tensor, batch_size: int) -> Iterator[Batch]:
+        """Yield (inputs, labels) of chosen images, in that order, without augmentation."""
+        for part in indices.to(self.labels.device).split(batch_size):
+            yield self._normalise(self.images[part]), self.labels[part]
 
     def shuffled(self, epoch: int, batch_size: int, steps: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches ``start`` to ``steps`` of an epoch, shuffled and augmented.

@@ -5,6 +5,7 @@ Nothing here imports torch, so that the command line can read the options at no 
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from collections.abc import Sequence
@@ -25,11 +26,18 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
-METHOD_OPTIONS = ("lambda_", "penalty", "every", "init_gamma")
+METHOD_OPTIONS = (
+    "lambda_", "penalty", "every", "init_gamma", "direction", "layers", "prox", "prune_ratio", "prune_ratio_start",
+    "scope", "rounds", "retrain_epochs", "rewind", "samples", "alpha", "conv_alpha", "variant", "rho", "fw_steps",
+    "norm_share",
+)  # fmt: skip
 """Options that only some methods take; each method says which (its dataclass fields)."""
 
 INCIDENTAL = ("output", "data_dir", "download", "device", "checkpoint_every", "resume", "force")
 """Options that leave the result as it is, up to the device's rounding: a resumed run may change them."""
+
+ADAM_RATE = 3e-3
+"""Part of a tensor's size that a step of Adam may change at first."""
 
 LONG_TRAINED = ("vgg", "resnet", "preresnet", "densenet")
 """Families that the papers train for 160 epochs."""
@@ -41,27 +49,52 @@ class TrainConfig(BaseModel):
     ``None`` means: the paper's value for this network, see :func:`resolve`.
 
     Attributes:
-        model: a listed network or ``"package.module:factory"``.
+        model: a listed network, ``"package.module:factory"``, or an ONNX file to train further.
         dataset: a listed data set.
         method: a listed method.
         output: the run folder.
+        teacher: an ONNX file whose outputs the network learns, in place of the labels.
+        temperature: softens both outputs when there is a ``teacher``.
+        reinit: train an ONNX file from fresh weights.
         epochs: passes over the training set; 160 for VGG, ResNet and DenseNet, else 20.
         batch_size: images a step.
-        lr: initial learning rate; 0.1 with BatchNorm, 0.01 without.
+        optimizer: ``sgd``, or ``adam`` with steps relative to the size of each tensor; ``None`` is ``adam`` with a
+            ``teacher``, else ``sgd``.
+        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without, and a tenth of that for an ONNX file that
+            goes on from its weights; of Adam 0.003.
         momentum: of SGD.
         nesterov: Nesterov's form of the momentum.
         weight_decay: on all parameters, BatchNorm's included, as in the papers.
         norm_decay: ``False`` takes BatchNorm's parameters out of the weight decay.
-        schedule: ``step`` multiplies the rate by ``lr_decay`` at each milestone; ``cosine`` falls to 0.
+        schedule: ``step`` multiplies the rate by ``lr_decay`` at each milestone; ``cosine`` falls to 0;
+            ``None`` is ``cosine`` with a ``teacher``, else ``step``.
         milestones: fractions of the run.
         lr_decay: factor of the step schedule.
-        warmup_epochs: epochs, or a part of one, over which the rate rises linearly from 0.
+        warmup_epochs: epochs, or a part of one, over which the rate rises linearly from 0; ``None`` is a twentieth of
+            the run with a ``teacher``, else none.
         clip: largest norm of the gradient; ``None`` does not clip.
         lambda_: strength of the sparse term.
         penalty: proximal-ns: the coefficient that couples scale and auxiliary variable (the paper's beta).
         every: proximal-ns: update after each ``step`` (what makes channels die) or each ``epoch`` (as printed).
         init_gamma: initial BatchNorm scale; ``None`` is the method's (0.5), and for ``plain`` the network's own.
-        augment: ``none``, ``shift`` (1 or 2 pixels), ``flip-crop``; ``None`` is the data set's own.
+        direction: group regularisers: groups are a layer's output ``neuron`` or its input ``feature`` channels.
+        layers: group regularisers: ``conv``, as in the papers, or ``all``, linear layers too.
+        prox: group-lasso: the exact group soft-threshold instead of the gradient.
+        prune_ratio: fraction of weights, or of filters, that are zero in the end.
+        prune_ratio_start: frank-wolfe-momentum: where the schedule of ratios starts.
+        scope: rank weights or filters over the network (``global``) or within each ``layer``.
+        rounds: how often the network is pruned; each time retraining follows, with the schedule from its beginning.
+        retrain_epochs: length of each retraining; what is left of ``epochs`` comes before the first pruning.
+        rewind: nnrelief, backward-selection: retrain from the initial weights.
+        samples: training images from which pruning scores are computed.
+        alpha: nnrelief: share of a neuron's signal that is kept, in linear layers.
+        conv_alpha: nnrelief: likewise, in convolutions.
+        variant: form of the method, where it has several; its documentation lists them.
+        rho: frank-wolfe-momentum: weight of the past in the average of gradients.
+        fw_steps: frank-wolfe methods: Frank-Wolfe steps in each pruning.
+        norm_share: fpgm-mix: part of ``prune_ratio`` that goes by the norm instead of the distance.
+        augment: ``none``, ``shift`` (1 or 2 pixels), ``flip``, ``flip-crop``; ``None`` is the data set's own, with a
+            ``teacher`` without the crops.
         validation: fraction of the training set that is held out, for every choice; 0 holds out none.
         width: width multiplier of the network.
         data_dir: folder of the data files.
@@ -82,23 +115,43 @@ class TrainConfig(BaseModel):
     dataset: str
     method: str
     output: Path
+    teacher: Path | None = None
+    temperature: Positive = 4.0
+    reinit: bool = False
     epochs: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64
+    optimizer: Literal["sgd", "adam"] | None = None
     lr: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
     weight_decay: NotNegative = 1e-4
     norm_decay: bool = True
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: Literal["step", "cosine", "constant"] | None = None
     milestones: tuple[Share, ...] = (0.5, 0.75)
     lr_decay: Share = 0.1
-    warmup_epochs: NotNegative = 0.0
+    warmup_epochs: NotNegative | None = None
     clip: Positive | None = None
     lambda_: NotNegative | None = Field(default=None, alias="lambda")
     penalty: Positive | None = None
     every: Literal["step", "epoch"] | None = None
     init_gamma: Positive | None = None
-    augment: Literal["none", "shift", "flip-crop"] | None = None
+    direction: Literal["neuron", "feature"] | None = None
+    layers: Literal["conv", "all"] | None = None
+    prox: bool | None = None
+    prune_ratio: Share | None = None
+    prune_ratio_start: Annotated[float, Field(ge=0, lt=1)] | None = None
+    scope: Literal["global", "layer"] | None = None
+    rounds: Annotated[int, Field(ge=1)] | None = None
+    retrain_epochs: Annotated[int, Field(ge=1)] | None = None
+    rewind: bool | None = None
+    samples: Annotated[int, Field(ge=1)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=1)] | None = None
+    conv_alpha: Annotated[float, Field(gt=0, le=1)] | None = None
+    variant: str | None = None
+    rho: Annotated[float, Field(ge=0, lt=1)] | None = None
+    fw_steps: Annotated[int, Field(ge=1)] | None = None
+    norm_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    augment: Literal["none", "shift", "flip", "flip-crop"] | None = None
     validation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     width: Positive = 1.0
     data_dir: Path | None = None
@@ -116,6 +169,10 @@ class TrainConfig(BaseModel):
     def _check(self) -> TrainConfig:
         if self.resume and self.force:
             raise ValueError("resume and force exclude each other: go on with a run, or replace it")
+        if self.reinit and not self.from_file:
+            raise ValueError("reinit is for ONNX files; a listed network has fresh weights anyway")
+        if self.from_file and self.width != 1:
+            raise ValueError("width is for listed networks; an ONNX file has its widths")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must increase")
         if (self.mean is None) != (self.std is None):
@@ -123,6 +180,11 @@ class TrainConfig(BaseModel):
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ValueError("mean and std must have one value per channel each")
         return self
+
+    @property
+    def from_file(self) -> bool:
+        """Whether the network is an ONNX file."""
+        return self.model.lower().endswith(".onnx")
 
     def essence(self) -> dict[str, Any]:
         """Return what decides the result, as JSON values under the flags' names: what a resumed run may not change."""
@@ -148,6 +210,8 @@ class Schedule:
         milestones: fractions of the run; a half and three quarters are epochs 80 and 120 of the papers' 160.
         decay: factor at each milestone.
         warmup_epochs: length of the linear rise; the schedule itself starts at step 0 all the same.
+        restarts: epochs, counted from 0, before which the network is pruned and the schedule starts anew. What lies
+            between two of them has milestones, cosine and warm-up of its own.
     """
 
     lr: float
@@ -157,6 +221,7 @@ class Schedule:
     milestones: tuple[float, ...] = (0.5, 0.75)
     decay: float = 0.1
     warmup_epochs: float = 0.0
+    restarts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: TrainConfig, images: int) -> Schedule:
@@ -169,6 +234,7 @@ class Schedule:
             milestones=config.milestones,
             decay=config.lr_decay,
             warmup_epochs=config.warmup_epochs,
+            restarts=_restarts(config),
         )
 
     @property
@@ -178,13 +244,23 @@ class Schedule:
 
     def at(self, step: int) -> float:
         """Return the learning rate of step ``step``, counted from 0 over the whole run."""
+        bounds = [0, *(epoch * self.steps_per_epoch for epoch in self.restarts), self.steps]
+        index = bisect.bisect_right(bounds, step, hi=len(bounds) - 1)
+        at, length = step - bounds[index - 1], bounds[index] - bounds[index - 1]
         lr = self.lr
         if self.kind == "step":
-            lr *= self.decay ** sum(step >= milestone * self.steps for milestone in self.milestones)
+            lr *= self.decay ** sum(at >= milestone * length for milestone in self.milestones)
         elif self.kind == "cosine":
-            lr *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
+            lr *= 0.5 * (1 + math.cos(math.pi * at / length))
         warmup = self.warmup_epochs * self.steps_per_epoch
-        return lr * min(1.0, (step + 1) / warmup) if warmup else lr
+        return lr * min(1.0, (at + 1) / warmup) if warmup else lr
+
+
+def _restarts(config: TrainConfig) -> tuple[int, ...]:
+    """Return the epochs before which the method prunes; none as long as they are open."""
+    if config.rounds is None or config.retrain_epochs is None:
+        return ()
+    return tuple(range(config.epochs - config.rounds * config.retrain_epochs, config.epochs, config.retrain_epochs))
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -228,10 +304,18 @@ def resolve(
     if steps_per_epoch(images, config.batch_size) < 1:
         raise ConfigError(f"{images} training images are too few; take less for validation, or another data set.")
     family = config.model.rpartition(":")[2].lower()
+    epochs = config.epochs or (160 if family.startswith(LONG_TRAINED) and not config.from_file else 20)
+    optimizer = config.optimizer or ("adam" if config.teacher else "sgd")
+    rate = ADAM_RATE if optimizer == "adam" else 0.1 if batch_norms(model) else 0.01
+    if optimizer == "sgd" and config.from_file and not config.reinit:
+        rate /= 10
     found: dict[str, Any] = {
-        "epochs": 160 if family.startswith(LONG_TRAINED) else 20,
-        "lr": 0.1 if batch_norms(model) else 0.01,
-        "augment": augment,
+        "epochs": epochs,
+        "optimizer": optimizer,
+        "lr": rate,
+        "schedule": "cosine" if config.teacher else "step",
+        "warmup_epochs": epochs / 20 if config.teacher else 0.0,
+        "augment": "flip" if config.teacher and augment == "flip-crop" else augment,
         "mean": tuple(map(float, mean)),
         "std": tuple(map(float, std)),
     }

@@ -50,6 +50,15 @@ def choose_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Mean loss of a batch, from its inputs, the network's logits for them, and their labels."""
+
+
+def supervised(inputs: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy with the labels."""
+    return F.cross_entropy(logits, labels)
+
+
 def fit(
     model: nn.Module,
     method: Method,
@@ -58,6 +67,7 @@ def fit(
     validation: Batches | None = None,
     *,
     run: Path,
+    loss: Loss = supervised,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place, on the device where the batches are.
@@ -70,11 +80,13 @@ def fit(
         train: training images.
         validation: held-out images, measured after each epoch.
         run: existing folder for checkpoint and metrics.
+        loss: what is minimised; a network in it, a teacher, must be on the batches' device.
         progress: hears one note an epoch.
 
     Returns:
         One record an epoch: ``epoch``, ``loss`` (mean over the epoch), ``lr`` (of its last step), ``validation_loss``,
-        ``validation_accuracy`` (fraction; both ``None`` without validation images), ``dead_channels``, ``seconds``.
+        ``validation_accuracy`` (fraction; both ``None`` without validation images), ``dead_channels``,
+        ``zero_weights`` (of methods that make any), ``seconds``.
 
     Raises:
         TrainingError: loss or weights are no longer finite (the checkpoint is then the last good one), or the
@@ -87,7 +99,9 @@ def fit(
     schedule = Schedule.of(config, len(train))
     model.to(device)
     method.prepare(model, schedule, seed=config.seed, progress=progress)
-    loop = _Loop(model, method, config, schedule, train, validation, run, progress, _optimizer(model, config))
+    optimizer = _optimizer(model, config)
+    method.attach(optimizer, train)
+    loop = _Loop(model, method, config, schedule, train, validation, run, progress, optimizer, loss)
     loop.start()
     with _placed(loop, device), _stop_requests() as stop, progress.task("training", schedule.steps) as advance:
         advance(loop.position.epoch * schedule.steps_per_epoch + loop.position.step)
@@ -122,6 +136,7 @@ class _Loop:
     run: Path
     progress: Progress
     optimizer: torch.optim.Optimizer
+    loss: Loss
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     position: Position = field(default_factory=Position)
 
@@ -142,8 +157,8 @@ class _Loop:
     def step(self, inputs: torch.Tensor, labels: torch.Tensor, lr: float) -> torch.Tensor:
         """Take one optimiser step; return the batch's mean loss, detached."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss = F.cross_entropy(self.model(inputs), labels)
+            group["lr"] = lr * group.get("size", 1.0)
+        loss = self.loss(inputs, self.model(inputs), labels)
         self.optimizer.zero_grad()
         self.backward(loss)
         if self.config.clip is not None:
@@ -178,7 +193,7 @@ class _Loop:
         self.check_loss()
         self.check_state()
         lr = self.schedule.at(first + steps - 1)
-        self.method.after_epoch(lr)
+        self.method.after_epoch(lr, at.epoch + 1)
         self.record(lr, began)
 
     def record(self, lr: float, began: float) -> None:
@@ -192,7 +207,7 @@ class _Loop:
             "lr": lr,
             "validation_loss": held[0],
             "validation_accuracy": held[1],
-            "dead_channels": facts["dead_channels"],
+            **{key: facts[key] for key in ("dead_channels", "zero_weights") if key in facts},
             "seconds": time.perf_counter() - began,
         }
         self.position = Position(epoch=at.epoch + 1, history=[*at.history, entry])
@@ -200,6 +215,8 @@ class _Loop:
         self.write_metrics()
         accuracy = "" if held[1] is None else f", validation accuracy {held[1]:.2%}"
         dead = f", {facts['dead_channels']} of {facts['channels']} channels dead" if facts["dead_channels"] else ""
+        if facts.get("zero_weights"):
+            dead += f", {facts['zero_weights'] / facts['weights']:.1%} of the weights zero"
         self.progress.note(
             f"epoch {entry['epoch']}/{self.config.epochs}: loss {entry['loss']:.4f}{accuracy}{dead}, "
             f"lr {lr:.3g}, {entry['seconds']:.1f} s"
@@ -231,20 +248,36 @@ class _Loop:
         )
 
 
+SMALLEST = 0.01
+"""What a tensor's size counts at least for Adam's steps: biases begin at zero."""
+
+
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return SGD; without ``norm_decay``, BatchNorm's parameters are in a group of their own that does not decay."""
+    """Return SGD or Adam; without ``norm_decay``, BatchNorm's parameters are in groups that do not decay.
+
+    Adam's steps are relative to the size of a tensor (the root of its mean square when training begins), so that one
+    rate does for weights of all sizes, as they are after BatchNorm was folded into them.
+    """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
     spared = set() if config.norm_decay else norms
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in spared], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if id(p) in spared], "weight_decay": 0.0},
     ]
+    if config.optimizer == "adam":
+        sized = [{**group, "params": [p], "size": _size(p)} for group in groups for p in group["params"]]
+        return torch.optim.AdamW(sized, lr=config.lr)
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov and config.momentum > 0,
     )
+
+
+def _size(parameter: torch.Tensor) -> float:
+    """Return the root of the mean square, but at least ``SMALLEST``."""
+    return max(parameter.detach().square().mean().sqrt().item(), SMALLEST)
 
 
 @contextmanager

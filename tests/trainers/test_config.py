@@ -113,7 +113,12 @@ def test_what_is_given_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_an_option_of_another_method_is_refused(name: str) -> None:
-    values = {"lambda_": 0.1, "penalty": 1.0, "every": "step", "init_gamma": 0.5}
+    values = {
+        "lambda_": 0.1, "penalty": 1.0, "every": "step", "init_gamma": 0.5, "direction": "neuron", "layers": "all",
+        "prox": True, "prune_ratio": 0.6, "prune_ratio_start": 0.1, "scope": "layer", "rounds": 2, "retrain_epochs": 3,
+        "rewind": False, "samples": 77, "alpha": 0.7, "conv_alpha": 0.8, "rho": 0.3, "fw_steps": 4, "norm_share": 0.3,
+        "variant": getattr(method_class(name), "VARIANTS", ("x",))[-1],
+    }  # fmt: skip
     assert values.keys() == set(METHOD_OPTIONS)
     for option, value in values.items():
         if option in method_class(name).options():

@@ -1,4 +1,4 @@
-"""Methods that make a network sparse while it trains: one file each, listed once, here.
+"""Methods that make a network sparse while it trains: one file a family, listed once, here.
 
 :data:`METHODS` names where each class lives, so that listing the names does not import torch.
 """
@@ -17,6 +17,23 @@ METHODS: Registry[str] = Registry("method")
 METHODS.register("plain")("plain:Plain")
 METHODS.register("network-slimming")("network_slimming:NetworkSlimming")
 METHODS.register("proximal-ns")("proximal_ns:ProximalNS")
+METHODS.register("group-lasso")("groups:GroupLasso")
+METHODS.register("exclusive-sparsity")("groups:ExclusiveSparsity")
+METHODS.register("group-l12")("groups:GroupL12")
+METHODS.register("hsq-gl")("groups:HsqGL")
+METHODS.register("hsq-es")("groups:HsqES")
+METHODS.register("hsq-gl12")("groups:HsqGL12")
+METHODS.register("l1-filters")("filters:L1Filters")
+METHODS.register("sfp")("filters:SoftFilters")
+METHODS.register("fpgm")("filters:GeometricMedian")
+METHODS.register("fpgm-mix")("filters:MixedMedian")
+METHODS.register("taylor")("feature_maps:Taylor")
+METHODS.register("hrank")("feature_maps:HRank")
+METHODS.register("backward-selection")("backward_selection:BackwardSelection")
+METHODS.register("nnrelief")("nnrelief:NNrelief")
+METHODS.register("magnitude")("magnitude:Magnitude")
+METHODS.register("frank-wolfe")("frank_wolfe:FrankWolfe")
+METHODS.register("frank-wolfe-momentum")("frank_wolfe:FrankWolfeMomentum")
 
 
 def method_class(name: str) -> type[Method]:

@@ -18,6 +18,7 @@ from prune_onnx.graph_ops.progress import SILENT, Progress
 from .scales import batch_norms
 
 if TYPE_CHECKING:
+    from ..batches import Batches
     from ..config import Schedule, TrainConfig
 
 
@@ -53,14 +54,17 @@ class Method:
     def prepare(self, model: nn.Module, schedule: Schedule, *, seed: int = 0, progress: Progress = SILENT) -> None:
         """Set the network up before its first step; a resumed run then loads its state over it."""
 
+    def attach(self, optimizer: torch.optim.Optimizer, images: Batches) -> None:
+        """Take what pruning needs besides the network, after :meth:`prepare`: momentum to clear, images to score on."""
+
     def before_step(self) -> None:
         """Change gradients, after the backward pass and clipping, before the optimiser's step."""
 
     def after_step(self, lr: float) -> None:
         """Change parameters after an optimiser's step of learning rate ``lr``."""
 
-    def after_epoch(self, lr: float) -> None:
-        """Change parameters after an epoch whose last learning rate was ``lr``."""
+    def after_epoch(self, lr: float, epoch: int = 0) -> None:
+        """Change parameters after an epoch whose last learning rate was ``lr``; ``epoch`` are finished by now."""
 
     def finish(self, model: nn.Module) -> dict[str, int]:
         """Make the sparsity of the trained network explicit in its parameters; return :meth:`sparsity` after that."""

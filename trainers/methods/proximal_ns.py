@@ -132,7 +132,7 @@ class ProximalNS(Method):
         if self.every == "step":
             self._update(lr)
 
-    def after_epoch(self, lr: float) -> None:
+    def after_epoch(self, lr: float, epoch: int = 0) -> None:
         if self.every == "epoch":
             self._update(lr)
 
