@@ -53,7 +53,7 @@ class Batches:
         mean: per channel, of pixel/255.
         std: likewise.
         augment: ``"none"``; ``"shift"``: by up to 1 pixel either way (2 from 16 pixels on), filled with 0;
-            ``"flip"``: horizontal flip; ``"flip-crop"``: also a crop after padding by 4 zeros. For :meth:`shuffled` only.
+            ``"flip"``: horizontal flip; ``"flip-crop"``: also a crop after padding by 4 zeros. For :meth:`shuffled`.
         seed: of order and augmentation.
         device: where the images live.
 

@@ -49,29 +49,22 @@ class TrainConfig(BaseModel):
     ``None`` means: the paper's value for this network, see :func:`resolve`.
 
     Attributes:
-        model: a listed network, ``"package.module:factory"``, or an ONNX file to train further.
+        model: a listed network or ``"package.module:factory"``.
         dataset: a listed data set.
         method: a listed method.
         output: the run folder.
-        teacher: an ONNX file whose outputs the network learns, in place of the labels.
-        temperature: softens both outputs when there is a ``teacher``.
-        reinit: train an ONNX file from fresh weights.
         epochs: passes over the training set; 160 for VGG, ResNet and DenseNet, else 20.
         batch_size: images a step.
-        optimizer: ``sgd``, or ``adam`` with steps relative to the size of each tensor; ``None`` is ``adam`` with a
-            ``teacher``, else ``sgd``.
-        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without, and a tenth of that for an ONNX file that
-            goes on from its weights; of Adam 0.003.
+        optimizer: ``sgd``, or ``adam`` with steps relative to the size of each tensor.
+        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without; of Adam 0.003.
         momentum: of SGD.
         nesterov: Nesterov's form of the momentum.
         weight_decay: on all parameters, BatchNorm's included, as in the papers.
         norm_decay: ``False`` takes BatchNorm's parameters out of the weight decay.
-        schedule: ``step`` multiplies the rate by ``lr_decay`` at each milestone; ``cosine`` falls to 0;
-            ``None`` is ``cosine`` with a ``teacher``, else ``step``.
+        schedule: ``step`` multiplies the rate by ``lr_decay`` at each milestone; ``cosine`` falls to 0.
         milestones: fractions of the run.
         lr_decay: factor of the step schedule.
-        warmup_epochs: epochs, or a part of one, over which the rate rises linearly from 0; ``None`` is a twentieth of
-            the run with a ``teacher``, else none.
+        warmup_epochs: epochs, or a part of one, over which the rate rises linearly from 0.
         clip: largest norm of the gradient; ``None`` does not clip.
         lambda_: strength of the sparse term.
         penalty: proximal-ns: the coefficient that couples scale and auxiliary variable (the paper's beta).
@@ -93,8 +86,7 @@ class TrainConfig(BaseModel):
         rho: frank-wolfe-momentum: weight of the past in the average of gradients.
         fw_steps: frank-wolfe methods: Frank-Wolfe steps in each pruning.
         norm_share: fpgm-mix: part of ``prune_ratio`` that goes by the norm instead of the distance.
-        augment: ``none``, ``shift`` (1 or 2 pixels), ``flip``, ``flip-crop``; ``None`` is the data set's own, with a
-            ``teacher`` without the crops.
+        augment: ``none``, ``shift`` (1 or 2 pixels), ``flip``, ``flip-crop``; ``None`` is the data set's own.
         validation: fraction of the training set that is held out, for every choice; 0 holds out none.
         width: width multiplier of the network.
         data_dir: folder of the data files.
@@ -115,21 +107,18 @@ class TrainConfig(BaseModel):
     dataset: str
     method: str
     output: Path
-    teacher: Path | None = None
-    temperature: Positive = 4.0
-    reinit: bool = False
     epochs: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64
-    optimizer: Literal["sgd", "adam"] | None = None
+    optimizer: Literal["sgd", "adam"] = "sgd"
     lr: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
     weight_decay: NotNegative = 1e-4
     norm_decay: bool = True
-    schedule: Literal["step", "cosine", "constant"] | None = None
+    schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: tuple[Share, ...] = (0.5, 0.75)
     lr_decay: Share = 0.1
-    warmup_epochs: NotNegative | None = None
+    warmup_epochs: NotNegative = 0.0
     clip: Positive | None = None
     lambda_: NotNegative | None = Field(default=None, alias="lambda")
     penalty: Positive | None = None
@@ -169,10 +158,6 @@ class TrainConfig(BaseModel):
     def _check(self) -> TrainConfig:
         if self.resume and self.force:
             raise ValueError("resume and force exclude each other: go on with a run, or replace it")
-        if self.reinit and not self.from_file:
-            raise ValueError("reinit is for ONNX files; a listed network has fresh weights anyway")
-        if self.from_file and self.width != 1:
-            raise ValueError("width is for listed networks; an ONNX file has its widths")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must increase")
         if (self.mean is None) != (self.std is None):
@@ -180,11 +165,6 @@ class TrainConfig(BaseModel):
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ValueError("mean and std must have one value per channel each")
         return self
-
-    @property
-    def from_file(self) -> bool:
-        """Whether the network is an ONNX file."""
-        return self.model.lower().endswith(".onnx")
 
     def essence(self) -> dict[str, Any]:
         """Return what decides the result, as JSON values under the flags' names: what a resumed run may not change."""
@@ -304,18 +284,12 @@ def resolve(
     if steps_per_epoch(images, config.batch_size) < 1:
         raise ConfigError(f"{images} training images are too few; take less for validation, or another data set.")
     family = config.model.rpartition(":")[2].lower()
-    epochs = config.epochs or (160 if family.startswith(LONG_TRAINED) and not config.from_file else 20)
-    optimizer = config.optimizer or ("adam" if config.teacher else "sgd")
-    rate = ADAM_RATE if optimizer == "adam" else 0.1 if batch_norms(model) else 0.01
-    if optimizer == "sgd" and config.from_file and not config.reinit:
-        rate /= 10
+    epochs = config.epochs or (160 if family.startswith(LONG_TRAINED) else 20)
+    rate = ADAM_RATE if config.optimizer == "adam" else 0.1 if batch_norms(model) else 0.01
     found: dict[str, Any] = {
         "epochs": epochs,
-        "optimizer": optimizer,
         "lr": rate,
-        "schedule": "cosine" if config.teacher else "step",
-        "warmup_epochs": epochs / 20 if config.teacher else 0.0,
-        "augment": "flip" if config.teacher and augment == "flip-crop" else augment,
+        "augment": augment,
         "mean": tuple(map(float, mean)),
         "std": tuple(map(float, std)),
     }

@@ -545,6 +545,19 @@ def test_dead_channels_under_statistics_stay(op: str) -> None:
         assert not gone[analysis.groups[0].units].any()
 
 
+def test_zeros_under_a_released_mean_stay() -> None:
+    """A dead channel that is zero behind the mean still counts in it: it stays, also when released."""
+    net = Net()
+    y, dead = dying(net, net.input(1, 3, 7, 7), 12, name="dying")
+    y = net.op("Mul", y, net.op("ReduceMean", y, axes=[1]))
+    model = net.model(net.head(living(net, y)))
+    assert dead.mask.sum() > dead.speaking
+    for release in (False, True):
+        analysis, _ = analysed(model, release=release)
+        assert bool(analysis.released) == release
+        assert not removable(analysis, Constants(analysis)).any()
+
+
 def test_not_a_number_is_no_constant() -> None:
     net = Net()
     y, _ = dying(net, net.input(1, 3, 7, 7), 10, relu=False, name="dying")

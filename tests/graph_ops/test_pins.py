@@ -178,6 +178,12 @@ def product_with_the_input(net: Net, x: str) -> str:
     return net.op("MatMul", net.op("Transpose", x, perm=[0, 2, 3, 1]), other, name="pinning")
 
 
+@pins("MatMul", "only one input can be cut on a batch axis")
+def channels_as_batch_beside_the_input(net: Net, x: str) -> str:
+    other = net.op("Slice", net.op("Concat", "x", "x", axis=1), [0, 0], [4, 4], [2, 3])
+    return net.op("MatMul", x, other, name="pinning")
+
+
 @pins("Gather", "it picks single positions or by data")
 def gather_by_data(net: Net, x: str) -> str:
     index = net.op(

@@ -92,6 +92,15 @@ add("softmax_channels", softmax_pins(1), "Conv", pinned=("pinned", "head"))
 add("softmax_channels_old", softmax_pins(None), "Conv", pinned=("pinned", "head"), opset=11)
 
 
+@case("Conv", pinned=("pinned", "head"), opset=11)
+def softmax_old_runs_over_everything_behind(net: Net) -> str:
+    """Before opset 13 all axes from the given one on are one row, channels at the end included."""
+    y = net.conv(net.relu(net.conv(net.input(1, 3, 6, 6), 8)), 6, 1, name="pinned")
+    y = net.op("Softmax", net.op("Transpose", y, perm=[0, 2, 3, 1]), axis=2)
+    y = net.conv(net.op("Transpose", y, perm=[0, 3, 1, 2]), 8, 1)
+    return net.head(net.conv(net.relu(y), 5, 1))
+
+
 @case("Softmax ReduceSum")
 def split_attention(net: Net) -> str:
     """Softmax over the radix axis of a (1, radix, channels) view: the radix is joined, the channels are cut."""
