@@ -23,6 +23,8 @@ SIDES = (64, 224, 256, 32, 28, 512, 16, 8)
 OTHER_BATCH = 3
 # A tensor of more bytes than this is a damaged size, not a network (a 4K super-resolution net has 2.1 GB).
 LARGEST = 3 * 2**30
+# The same for sizes and positions, which ONNX Runtime takes one by one when it infers shapes.
+LARGEST_SIZES = 2**28
 # Gathering single positions (GatherND) came with this version of the operator set.
 GATHERS = 11
 # Static nodes that stay when what they compute is cut: their inputs are cut instead.
@@ -109,10 +111,10 @@ def _itemsize(kind: int) -> int:
         return 1
 
 
-def _check_size(what: str, shape: Shape, itemsize: int) -> None:
+def _check_size(what: str, shape: Shape, itemsize: int, limit: int = LARGEST) -> None:
     """Refuse what would not fit into memory before anything is allocated."""
     size = math.prod(shape) * itemsize
-    if size > LARGEST:
+    if size > limit:
         raise ModelError(
             f"{what} of shape {'x'.join(map(str, shape))} would take {size / 2**30:.3g} GB. "
             "Where the model's sizes are dynamic, name smaller ones with --input-shape."
@@ -142,7 +144,8 @@ def infer(graph: Graph, shapes: dict[str, Shape]) -> dict[str, Shape | None]:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
             dim.dim_value = size
     try:
-        skeleton = shape_inference.infer_shapes(skeleton, data_prop=True)
+        # Without the propagation of data, whose cost has no bound.
+        skeleton = shape_inference.infer_shapes(skeleton)
     except (shape_inference.InferenceError, ValueError):
         return {}  # not our judge: ONNX Runtime is about to say whether the model runs
     found: dict[str, Shape | None] = {}
@@ -155,7 +158,9 @@ def infer(graph: Graph, shapes: dict[str, Shape]) -> dict[str, Shape | None]:
         dims = [d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim]
         if kind.HasField("shape") and all(d >= 0 for d in dims):
             found[value.name] = tuple(dims)
-            _check_size(f"tensor {value.name!r}", tuple(dims), _itemsize(kind.elem_type))
+            what, size = f"tensor {value.name!r}", _itemsize(kind.elem_type)
+            small = graph.is_static(value.name) and kind.elem_type == onnx.TensorProto.INT64
+            _check_size(what, tuple(dims), size, LARGEST_SIZES if small else LARGEST)
     return found
 
 
