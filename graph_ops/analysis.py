@@ -11,7 +11,7 @@ A *unit* is a class of labels that go or stay together. A *group* is the units o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,9 @@ from .probe import Probe, Shape
 from .registry import close_matches
 
 Axes = dict[int, Vector]
+
+# Analyses tried beyond the first one, where an axis that was chosen to be cut turned out to be stuck.
+MOST_PASSES = 8
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,25 @@ class Context:
         if axes:
             self.operands.append(Operand(node, index, axes))
 
+    def spread(self, node: Node, same: Callable[[int], int]) -> Axes:
+        """Vectors of a node's first input; a constant there gets fresh labels, since nothing else says what it meets.
+
+        Args:
+            node: one that spreads its first input over a dynamic size.
+            same: the output axis that each input axis goes to.
+        """
+        x, y = node.inputs[0], node.outputs[0]
+        if not self.static(x) or self.varies(x):
+            return self.vectors(x)
+        moving = self.probe.moving_axes(y)
+        axes = {
+            a: self.labels.fresh(n)
+            for a, n in enumerate(self.shape(x))
+            if n > 1 and n == self.shape(y)[same(a)] and not moving[same(a)]
+        }
+        self.operand(node, 0, axes)
+        return axes
+
     def choose(self, node: Node, which: int, ranked: Sequence[int], vectors: dict[int, Vector]) -> int:
         """Take one of several axes that could be cut; a later pass may take the next one.
 
@@ -323,23 +345,42 @@ def analyse(
     Raises:
         ConfigError: a glob matches no node.
     """
-    best = _pass(Context(graph, probe, release_norms, select_inputs), ignore)
+
+    def run(options: dict[tuple[str, int], int]) -> Context:
+        return _pass(Context(graph, probe, release_norms, select_inputs, options), ignore)
+
+    best = run({})
     best_free = _free(best)
-    options: dict[tuple[str, int], int] = {}
-    for _ in range(3):
-        dead = [
-            key
-            for key, (count, vector) in best.choices.items()
-            if count > 1 and options.get(key, 0) < count - 1 and _all_pinned(best, vector)
-        ]
+    passes = 0
+    together = True
+    tried: set[tuple[str, int]] = set()
+    while passes < MOST_PASSES:
+        dead = [key for key in _dead_choices(best) if together or key not in tried]
         if not dead:
             break
-        options = {**options, **{key: options.get(key, 0) + 1 for key in dead}}
-        other = _pass(Context(graph, probe, release_norms, select_inputs, options), ignore)
+        if not together:
+            dead = dead[:1]
+            tried.update(dead)
+        other = run({**best.options, **{key: best.options.get(key, 0) + 1 for key in dead}})
+        passes += 1
         free = _free(other)
         if free > best_free:
             best, best_free = other, free
+            tried.clear()
+        else:
+            together = False  # what helps in one place may harm in another: one choice at a time from here
     return _resolve(best)
+
+
+def _dead_choices(ctx: Context) -> list[tuple[str, int]]:
+    """Choices of an axis along which nothing can be cut, and that have another option."""
+    pinned = _pinned_roots(ctx)
+    dead = []
+    for key, (count, vector) in ctx.choices.items():
+        roots = ctx.labels.find(vector)
+        if ctx.options.get(key, 0) < count - 1 and (pinned[roots].all() or (roots == roots[0]).all()):
+            dead.append(key)
+    return dead
 
 
 def _pass(ctx: Context, ignore: Sequence[str]) -> Context:
@@ -374,14 +415,15 @@ def _pinned_roots(ctx: Context) -> np.ndarray:
     return pinned
 
 
-def _all_pinned(ctx: Context, vector: Vector) -> bool:
-    return bool(_pinned_roots(ctx)[ctx.labels.find(vector)].all())
-
-
 def _free(ctx: Context) -> int:
-    """Number of produced positions that are not pinned: what a choice of axes is judged by."""
+    """Number of produced positions that can go: what a choice of axes is judged by. A unit alone cannot."""
     pinned = _pinned_roots(ctx)
-    return sum(int((~pinned[ctx.labels.find(p.labels)]).sum()) for p in ctx.producers)
+    free = 0
+    for producer in ctx.producers:
+        roots = ctx.labels.find(producer.labels)
+        if (roots != roots[0]).any():
+            free += int((~pinned[roots]).sum())
+    return free
 
 
 def _resolve(ctx: Context) -> Analysis:

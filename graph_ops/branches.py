@@ -41,6 +41,8 @@ def _fold_join(node: Node, known: Constants, edit: Cut) -> bool:
         other = node.inputs[1 - i]
         if name not in known.graph.dynamic or other not in known.graph.dynamic or name == other:
             continue
+        if name in known.graph.spread:
+            continue  # a constant already
         axis = next((a for a in known.axes(name) if known.flags(name, a).all()), None)
         if axis is None or known.shape(other) != out_shape:
             continue

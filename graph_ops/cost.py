@@ -18,6 +18,10 @@ from .graph import Graph
 from .probe import Shape
 from .rules.base import product
 
+# They pass every element of their first input on.
+CARRIERS = frozenset(
+    {"Cast", "DequantizeLinear", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
 NO_WEIGHTS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING})
 
 
@@ -156,10 +160,17 @@ class CostModel:
         if name == "channels":
             return 0, [Term(1, (np.flatnonzero(~self.analysis.pinned),))]
         if name == "macs":
-            total, terms = self.total_macs, [Term(w.scale, w.factors) for w in self.analysis.works]
-        else:
-            total, terms = self.total_params, self._stored_tensors()
-        return total - sum(t.scale * product(len(v) for v in t.factors) for t in terms), terms
+            terms = [Term(w.scale, w.factors) for w in self.analysis.works]
+            return self.total_macs - _size(terms), terms
+        stored, replaced = self._stored_tensors()
+        computed = [self._term(weight, axes) for weight, axes in self.computed().items()]
+        return self.total_params - _size(stored) - replaced, stored + computed
+
+    def full(self, name: str) -> int:
+        """A cost of the file as it is, which budgets are fractions of."""
+        return {"macs": self.total_macs, "params": self.total_params}.get(name) or self._cost(
+            name, np.ones(self.analysis.units, bool)
+        )
 
     def macs(self, keep: np.ndarray) -> int:
         """MACs when only the units ``keep`` are left."""
@@ -177,8 +188,23 @@ class CostModel:
         fixed, tally = self.tally(name)
         return fixed + tally.total(tally.counts(keep))
 
-    def _stored_tensors(self) -> list[Term]:
-        """Elements of each stored tensor that follows labels."""
+    def computed(self) -> dict[str, dict[int, np.ndarray]]:
+        """Weights that nodes compute (standardised ones) by name, with the labels that they follow.
+
+        A cut writes them out; what they are computed from can go when all of them are.
+        """
+        made: dict[str, dict[int, np.ndarray]] = {}
+        for operand in self.analysis.operands:
+            name = operand.node.inputs[operand.input]
+            value = self.analysis.probe.values.get(name)
+            if value is not None and value.dtype.kind not in "iub" and name not in self.analysis.probe.varying:
+                node = self.analysis.graph.producer.get(name)
+                if node is not None and node.op_type != "ConstantOfShape" and self._stored(name) is None:
+                    made.setdefault(name, operand.axes)
+        return made
+
+    def _stored_tensors(self) -> tuple[list[Term], int]:
+        """Elements of each stored tensor that follows labels; and of those that only :meth:`computed` ones need."""
         uses: dict[str, tuple[str, dict[int, np.ndarray]]] = {}
         for operand in self.analysis.operands:
             name = operand.node.inputs[operand.input]
@@ -186,11 +212,31 @@ class CostModel:
             if stored is not None:
                 # Uses that want different slices get a copy each, but only once something is cut: the first one counts.
                 uses.setdefault(stored, (name, operand.axes))
-        terms = []
-        for name, axes in uses.values():
-            rest = product(d for a, d in enumerate(self.analysis.probe.shapes[name]) if a not in axes)
-            terms.append(Term(rest, tuple(axes.values())))
-        return terms
+        sources = self._sources(set(self.computed()))
+        replaced = sum(product(self.analysis.graph.initializers[name].dims) for name in sources)
+        return [self._term(name, axes) for key, (name, axes) in uses.items() if key not in sources], replaced
+
+    def _term(self, name: str, axes: dict[int, np.ndarray]) -> Term:
+        rest = product(d for a, d in enumerate(self.analysis.probe.shapes[name]) if a not in axes)
+        return Term(rest, tuple(axes.values()))
+
+    def _sources(self, computed: set[str]) -> set[str]:
+        """Stored weights that nothing but the computation of ``computed`` reads."""
+        graph = self.analysis.graph
+        gone: set[str] = set()
+        for node in reversed(graph.nodes):
+            for name in node.outputs:
+                readers = graph.readers.get(name, ())
+                unread = name in computed or all(set(reader.outputs) <= gone for reader, _ in readers)
+                if unread and graph.is_static(name) and name not in graph.captured and name not in graph.outputs:
+                    gone.add(name)
+        return {
+            name
+            for name, tensor in graph.initializers.items()
+            if tensor.data_type not in NO_WEIGHTS
+            and graph.readers.get(name)
+            and all(set(reader.outputs) <= gone for reader, _ in graph.readers[name])
+        }
 
     def _stored(self, name: str) -> str | None:
         """The initializer or Constant that holds a static tensor's elements one to one, if there is one."""
@@ -200,7 +246,12 @@ class CostModel:
             node = graph.producer.get(name)
             if node is None or node.op_type == "Constant":
                 return name if node is not None else None
-            if not node.inputs or product(shapes.get(node.inputs[0], ())) != size:
+            if node.op_type not in CARRIERS or product(shapes.get(node.inputs[0], ())) != size:
                 return None
             name = node.inputs[0]
         return None if graph.initializers[name].data_type in NO_WEIGHTS else name
+
+
+def _size(terms: Sequence[Term]) -> int:
+    """What terms come to when everything stays."""
+    return sum(t.scale * product(len(v) for v in t.factors) for t in terms)

@@ -27,13 +27,16 @@ Index = tuple[tuple[int, bytes], ...]
 """What is kept of a tensor: (axis, kept positions as int64 bytes) pairs."""
 
 
-def cut(analysis: Analysis, keep: np.ndarray, edits: Edits | None = None) -> onnx.ModelProto:
+def cut(
+    analysis: Analysis, keep: np.ndarray, edits: Edits | None = None, *, computed: Iterable[str] = ()
+) -> onnx.ModelProto:
     """Return a new model in which only the kept units are left.
 
     Args:
         analysis: of the model.
         keep: bool (units,); pinned units must be kept.
         edits: new operand values to slice instead of the original ones.
+        computed: names of weights that nodes compute and that are written out even where nothing of them is cut.
 
     Raises:
         PlanError: a pinned unit is to go, or an axis would lose all its positions.
@@ -41,9 +44,13 @@ def cut(analysis: Analysis, keep: np.ndarray, edits: Edits | None = None) -> onn
     keep = np.asarray(keep, bool)
     if keep.shape != analysis.pinned.shape or not keep[analysis.pinned].all():
         raise PlanError("the plan removes channels that are pinned, or was made for another model.")
+    if any((keep[fork.labels] & ~keep[fork.source]).any() for fork in analysis.forks):
+        raise PlanError("the plan removes channels of a shared stream that one of its readers keeps.")
     if any(not keep[vector].any() for vector in analysis.vectors()):
         raise PlanError("the plan removes every channel of a tensor; keep at least one.")
-    return Cut(analysis, keep, edits or Edits()).model()
+    work = Cut(analysis, keep, edits or Edits())
+    work.write_out(frozenset(computed))
+    return work.model()
 
 
 class Cut:
@@ -250,6 +257,16 @@ class Cut:
         for (n, i), value in self.edits.operands.items():
             self._edit(self.graph.nodes[n], i, value)
 
+    def write_out(self, computed: frozenset[str]) -> None:
+        """Store the value of weights that nodes compute, so that what they are computed from can go."""
+        for operand in self.analysis.operands:
+            name = operand.node.inputs[operand.input]
+            if name in computed and all(len(self._kept(v)) == len(v) for v in operand.axes.values()):
+                if (name, ()) not in self._made:
+                    self._made[name, ()] = self._name(name)
+                    self._add(self._made[name, ()], np.asarray(self.value(name)))
+                self.proto(operand.node).input[operand.input] = self._made[name, ()]
+
     def _edit(self, node: Node, i: int, value: np.ndarray) -> None:
         operand = self._operands.get((node.index, i))
         if operand is not None:
@@ -345,7 +362,7 @@ class Cut:
         return name
 
     def _add(self, name: str, value: np.ndarray, like: onnx.TensorProto | None = None) -> None:
-        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        tensor = numpy_helper.from_array(np.ascontiguousarray(value).reshape(np.shape(value)), name)
         if like is not None:
             tensor.data_type = like.data_type
             tensor.doc_string = like.doc_string

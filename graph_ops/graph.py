@@ -81,6 +81,8 @@ class Graph:
         producer: tensor name to the node that makes it.
         readers: tensor name to (node, input index) pairs, main graph only.
         opset: version of the default domain.
+        dynamic: names of tensors that are computed from data.
+        spread: those of them that only follow a dynamic size (see :meth:`add_spread`).
 
     Raises:
         ModelError: a cycle, a tensor that nobody makes, or a name made twice.
@@ -111,6 +113,12 @@ class Graph:
             for name in node.captured:
                 self.captured.setdefault(name, []).append(node)
         self.dynamic = self._data_dependent()
+        self.spread: set[str] = set()
+
+    def add_spread(self, names: set[str]) -> None:
+        """From now on treat constants that are spread over a dynamic size as computed: they have no fixed value."""
+        self.spread |= names
+        self.dynamic |= names
 
     def _data_dependent(self) -> set[str]:
         """Names of tensors whose values depend on the graph's inputs (their sizes alone do not count)."""

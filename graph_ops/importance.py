@@ -76,9 +76,14 @@ def importance(analysis: Analysis, name: str, *, scope: str = "global", seed: in
 
 
 def _gather(analysis: Analysis, norm: Callable[[np.ndarray], np.ndarray]) -> Scores:
-    """Sum a per-channel measure of the producing weights over all members of each unit."""
+    """Mean over all members of a unit of a measure of the producing weights, each layer's relative to its own mean.
+
+    A sum would favour units with many members: in a group whose parts differ in that (split and shuffled streams,
+    dense and dual paths), all of the part with fewer members would go before one channel of the other. Without the
+    layer's mean the parts with larger filters would win in the same way.
+    """
     total = np.zeros(analysis.units)
-    seen = np.zeros(analysis.units, bool)
+    members = np.zeros(analysis.units)
     for producer in analysis.producers:
         if producer.weight is None:
             continue
@@ -87,10 +92,12 @@ def _gather(analysis: Analysis, norm: Callable[[np.ndarray], np.ndarray]) -> Sco
         if weight is None:
             continue
         per_channel = _by_channel(weight, axis, norm)
+        scale = per_channel.mean() if len(per_channel) else 0.0
         # A grouped ConvTranspose stores the outputs of one group there, and the labels of the others repeat them.
-        np.add.at(total, producer.labels[: len(per_channel)], per_channel)
-        seen[producer.labels] = True
-    return np.where(seen, total, np.nan)
+        labels = producer.labels[: len(per_channel)]
+        np.add.at(total, labels, per_channel / scale if scale > 0 else per_channel)
+        np.add.at(members, labels, 1)
+    return np.where(members > 0, total / np.maximum(members, 1), np.nan)
 
 
 def _by_channel(weight: np.ndarray, axis: int, norm: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -113,7 +120,7 @@ def l1(analysis: Analysis, rng: np.random.Generator) -> Scores:
 @criterion("l2")
 def l2(analysis: Analysis, rng: np.random.Generator) -> Scores:
     """Euclidean norm of the producing filters."""
-    return np.sqrt(_gather(analysis, lambda rows: np.square(rows).sum(1)))
+    return _gather(analysis, lambda rows: np.sqrt(np.square(rows).sum(1)))
 
 
 @criterion("bn-gamma", comparable=True)

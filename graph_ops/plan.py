@@ -65,8 +65,9 @@ class Planner:
             budget: what to meet.
         """
         self.analysis, self.base, self.budget = analysis, base, budget
-        self.fixed, self.tally = CostModel(analysis).tally(budget.name.removeprefix("keep_"))
-        self.full = self.cost(np.ones(analysis.units, bool))
+        costs, name = CostModel(analysis), budget.name.removeprefix("keep_")
+        self.fixed, self.tally = costs.tally(name)
+        self.full = costs.full(name)
         self.vectors = [v for v in analysis.vectors() if not analysis.pinned[v].any()]
         self._positions = np.concatenate([np.zeros(0, np.int64), *self.vectors])
         self._starts = np.cumsum([0, *(len(v) for v in self.vectors)])[:-1]

@@ -23,6 +23,7 @@ class Probe:
         lines: ``lines[tensor][axis]`` is the tensor along one axis at index 0 of all others: one sample a channel.
         varying: names of static tensors whose value changed when the dynamic sizes changed.
         other_shapes: shapes at a second choice of the dynamic sizes; empty for a model without any.
+        other_values: value of the varying integer tensors there.
     """
 
     shapes: dict[str, Shape]
@@ -30,6 +31,7 @@ class Probe:
     lines: dict[str, list[np.ndarray]] = field(default_factory=dict)
     varying: frozenset[str] = frozenset()
     other_shapes: dict[str, Shape] = field(default_factory=dict)
+    other_values: dict[str, np.ndarray] = field(default_factory=dict)
 
     def moving_axes(self, name: str) -> list[bool]:
         """For each axis of a tensor, whether its size follows a dynamic input size."""

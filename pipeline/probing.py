@@ -335,6 +335,7 @@ def probe(graph: Graph, given: dict[str, Shape] | None = None, seed: int = 0) ->
         shapes[name] = tuple(tensor.dims)
     other_feeds: Feeds | None = None
     other_shapes: dict[str, Shape] = {}
+    others: dict[str, np.ndarray] = {}
     varying: set[str] = set()
     if is_dynamic(graph):
         # Sizes that are open in the file may be fixed inside the graph, so ask for less and less.
@@ -345,6 +346,39 @@ def probe(graph: Graph, given: dict[str, Shape] | None = None, seed: int = 0) ->
             except RunError:
                 other_feeds = None
                 continue
+            spread = _spread(graph, shapes, other_shapes, values)
+            if spread:
+                graph.add_spread(spread)
+                prober, (shapes, values, lines) = _open(graph, feeds)
+                shapes |= {name: tuple(tensor.dims) for name, tensor in graph.initializers.items()}
+                other_shapes, other_values, _ = prober.run(other_feeds, lines=False)
             varying = {name for name, value in other_values.items() if not np.array_equal(value, values[name])}
+            others = {name: other_values[name] for name in varying if other_values[name].dtype.kind == "i"}
             break
-    return Probe(shapes, values, lines, frozenset(varying), other_shapes), feeds, other_feeds
+    return Probe(shapes, values, lines, frozenset(varying), other_shapes, others), feeds, other_feeds
+
+
+def _spread(graph: Graph, shapes: dict[str, Shape], other: dict[str, Shape], values: dict[str, np.ndarray]) -> set[str]:
+    """Static tensors that are constants spread over a dynamic size (a class token, one for every image of a batch).
+
+    Such a tensor has no fixed value that could be sliced and written, but it has channels that can be cut, like any
+    tensor that is computed. Sizes and positions, which are integers, are not meant.
+    """
+    found: set[str] = set()
+    for node in reversed(graph.nodes):
+        for name in node.outputs:
+            if not name or not graph.is_static(name) or not _moves(shapes.get(name, ()), other.get(name, ())):
+                continue
+            if name in values:
+                real = values[name].dtype.kind not in "iub"
+            else:
+                real = any(o in found for reader, _ in graph.readers.get(name, ()) for o in reader.outputs)
+            if real:
+                found.add(name)
+    return found
+
+
+def _moves(shape: Shape, other: Shape) -> bool:
+    """Whether some but not all axes that are longer than 1 follow a dynamic size."""
+    moves = [a != b for a, b in zip(shape, other, strict=True)] if len(shape) == len(other) else []
+    return any(moves) and any(n > 1 and not m for n, m in zip(shape, moves, strict=True))

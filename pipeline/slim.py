@@ -111,7 +111,8 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     if config.calibration is not None:
         analysis, decision = _calibrated(config, original, analysis, decision, every, notes, progress)
         clock.lap("calibrate")
-    result = cut(analysis, decision.keep, decision.edits)
+    computed = cost.CostModel(analysis).computed() if config.keep_params is not None else ()
+    result = cut(analysis, decision.keep, decision.edits, computed=computed)
     if config.fold_bn and config.calibration is None:
         result, folded = fold_batch_norm(result)
         notes.append(f"folded {folded} BatchNormalization nodes")

@@ -22,6 +22,8 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-
 
 # ONNX Runtime's optimisations fuse and reorder sums; what they may change on top of rounding.
 OPTIMISED = 10.0
+# How much more than the reference's the result's outputs may move under them.
+AMPLIFIED = 2.0
 # What may come of values that are quantised to one step more or less, layer after layer.
 STEPS = 0.25
 
@@ -57,9 +59,30 @@ def verify(reference: onnx.ModelProto, result: onnx.ModelProto, feeds: list[Feed
         reference=kind, max_abs_diff=worst.absolute, max_rel_diff=worst.relative, tolerance=worst.tolerance, passed=True
     )
     if model_io.total_bytes(result) < model_io.PROTOBUF_LIMIT:
-        session = create_session(model_io.to_bytes(result), "cpu", arena=False)
-        worst.compare(names, expected[0], run_session(session, feeds[0]), kind, OPTIMISED, least)
+        got = _optimised(result, feeds[0])
+        try:
+            worst.compare(names, expected[0], got, kind, OPTIMISED, least)
+        except VerificationError:
+            # Some nets amplify rounding so much that the optimisations change the reference as well: by how much they
+            # do is what they may change in the result.
+            own = _gap(expected[0], _optimised(reference, feeds[0]))
+            worst.compare(names, expected[0], got, kind, OPTIMISED, max(least, AMPLIFIED * own))
     return found
+
+
+def _optimised(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
+    """Outputs with all graph optimisations of the CPU provider."""
+    return run_session(create_session(model_io.to_bytes(model), "cpu", arena=False), feeds)
+
+
+def _gap(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """Largest difference of two runs relative to each output's largest value; 0 where that is not a number."""
+    gaps = [0.0]
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, np.ndarray) and x.dtype.kind not in "OUS" and x.size and x.shape == y.shape:
+            x, y = x.astype(np.float64), y.astype(np.float64)
+            gaps.append(float(np.abs(x - y).max() / max(np.abs(x).max(), np.finfo(np.float32).tiny)))
+    return max(gap for gap in gaps if np.isfinite(gap))
 
 
 def _expected(reference: onnx.ModelProto, feeds: list[Feeds]) -> tuple[list[str], list[list[np.ndarray]]]:

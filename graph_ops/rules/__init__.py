@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..graph import Node
-from . import conv, elementwise, linear, movement, normalization, pooling, reduction, reshape
+from . import attention, conv, einsum, elementwise, linear, movement, normalization, pooling, reduction, reshape
 from .base import RULES, Rule, key
 
-MODULES = (conv, linear, elementwise, normalization, pooling, reduction, movement, reshape)
+MODULES = (conv, linear, einsum, attention, elementwise, normalization, pooling, reduction, movement, reshape)
 
 
 def rule_for(node: Node) -> Rule:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..analysis import Contraction, Work
+from ..analysis import Axes, Contraction, Released, Work
 from ..graph import Node
 from ..labels import Vector
 from .base import MICROSOFT, Rule, product, rule
@@ -39,35 +39,49 @@ class Conv(Rule):
 
     def propagate(self, node: Node, ctx: Context) -> None:
         x, w, y = node.inputs[0], node.inputs[self.weight], node.outputs[0]
-        vector = ctx.pin_except(node, x, (1,), "it computes across axis {axis}").get(1)
+        across = self._across(node, ctx)
+        vector = ctx.pin_except(node, x, (1, *across), "it computes across axis {axis}").get(1)
         if not ctx.static(w) or ctx.varies(w):
             ctx.pin_inputs(node, "its weight depends on data")
             return
         group = node.attribute("group", 1)
         out_channels, in_channels = ctx.shape(y)[1], ctx.shape(x)[1]
-        area = ctx.shape(y)[2:] if self.out_axis == 0 else ctx.shape(x)[2:]
+        area = [n for a, n in enumerate(ctx.shape(y if self.out_axis == 0 else x)) if a > 1 and a not in across]
         scale = ctx.shape(y)[0] * product(area) * product(ctx.shape(w)[2:])
         whole = group > 1 and self._whole_groups(node, ctx, group, in_channels, out_channels, vector)
         if whole:
             out = self._by_group(node, ctx, vector, group, in_channels, out_channels)
+            scale *= in_channels // group
+            factors = tuple(across.values())
             ctx.works.append(
-                Work(node, scale * (in_channels // group), (out,))
-                if out is not None
-                else Work(node, scale * (in_channels // group) * out_channels, ())
+                Work(node, scale, (out, *factors)) if out is not None else Work(node, scale * out_channels, factors)
             )
         else:
-            out = self._by_position(node, ctx, vector, group, in_channels, out_channels, scale)
+            out = self._by_position(node, ctx, vector, group, in_channels, out_channels, scale, across)
         if out is not None:
             for i in (self.bias, *self.along_out):
                 if i < len(node.inputs) and ctx.static(node.inputs[i]) and len(ctx.shape(node.inputs[i])) == 1:
                     ctx.operand(node, i, {0: out})
                 elif i < len(node.inputs) and node.inputs[i] and not ctx.static(node.inputs[i]):
                     ctx.pin(out, node, f"its input {i} depends on data")
-            ctx.set(y, {1: out})
+        ctx.set(y, across | ({1: out} if out is not None else {}))
         if len(node.inputs) > 3 and node.op_type == "FusedConv" and node.inputs[3]:  # fused residual sum
             ctx.pin_inputs(node, "it adds a fused residual")
             if out is not None:
                 ctx.pin(out, node, "it adds a fused residual")
+
+    def _across(self, node: Node, ctx: Context) -> Axes:
+        """Spatial axes that carry channels and may be cut all the same: those that keep their length, once released.
+
+        Efficient channel attention (ECA-Net, Wang et al. 2020) lays the channels out as a line and convolves along it.
+        """
+        x, y = node.inputs[0], node.outputs[0]
+        if not ctx.release_norms or self.along_out or any(s != 1 for s in node.attribute("strides", ())):
+            return {}
+        released = {a: v for a, v in ctx.vectors(x).items() if a > 1 and ctx.shape(x)[a] == ctx.shape(y)[a]}
+        for axis, vector in released.items():
+            ctx.released.append(Released(node, axis, vector))
+        return released
 
     def _whole_groups(self, node: Node, ctx: Context, group: int, cin: int, cout: int, vector: Vector | None) -> bool:
         if cin == group or (cout == group and vector is not None):
@@ -90,7 +104,15 @@ class Conv(Rule):
         return out
 
     def _by_position(
-        self, node: Node, ctx: Context, vector: Vector | None, group: int, cin: int, cout: int, scale: int
+        self,
+        node: Node,
+        ctx: Context,
+        vector: Vector | None,
+        group: int,
+        cin: int,
+        cout: int,
+        scale: int,
+        across: Axes,
     ) -> Vector:
         fresh = ctx.labels.fresh(cout // group)
         out = np.tile(fresh, group)
@@ -116,7 +138,7 @@ class Conv(Rule):
                     bias=self.bias,
                 )
             )
-        factors = tuple(v for v in (out if cout > 1 else None, inside) if v is not None)
+        factors = tuple(v for v in (out if cout > 1 else None, inside, *across.values()) if v is not None)
         ctx.works.append(Work(node, scale if inside is not None else scale * (cin // group), factors))
         return out
 
@@ -135,6 +157,8 @@ class Conv(Rule):
         usable = known.flags(x, 1)
         if is_padded(node) or self.out_axis == 1:
             usable = known.zeros(x, 1)
+        if any(r.node is node for r in known.analysis.released):
+            return
         bad = ~usable.reshape(group, 1, -1)
         known.set(y, 1, ~(reads.reshape(group, -1, reads.shape[1]) & bad).any(2).reshape(-1))
 

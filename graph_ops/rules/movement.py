@@ -222,7 +222,7 @@ class Gather(Move):
         vector = ctx.vectors(data).get(axis)
         if vector is not None:
             index = ctx.value(indices)
-            if index is None or ctx.varies(indices) or index.ndim == 0 or index.size == 1:
+            if index is None or (ctx.varies(indices) and not _is_reshape(node, ctx)) or index.size == 1:
                 ctx.pin(vector, node, "it picks single positions or by data")
             else:
                 self._pick(node, ctx, vector[index], axis, result)
@@ -262,6 +262,15 @@ class Gather(Move):
         vector = cut.analysis.axes.get(data, {}).get(axis)
         if vector is None or not cut.graph.is_static(indices):
             return
+        if indices in cut.probe.varying:
+            if _is_reshape(node, cut):
+                y = node.outputs[0]
+                moving = cut.probe.moving_axes(y)
+                target = [-1 if moving[a] else cut.size(y, a) for a in range(len(moving))]
+                cut.proto(node).op_type = "Reshape"
+                cut.drop_attribute(node, "axis")
+                cut.feed(node, 1, np.asarray(target, np.int64))
+            return
         kept = np.flatnonzero(cut.keep[vector])
         index = cut.value(indices) % len(vector)
         for a in range(index.ndim):
@@ -273,6 +282,19 @@ class Gather(Move):
             cut.bypass(node)
         else:
             cut.feed(node, 1, index)
+
+
+def _is_reshape(node: Node, place: Context | Cut) -> bool:
+    """Whether a Gather takes every position of a line in order, whatever the dynamic sizes are.
+
+    The dynamo exporter writes views by strides that way: a flat copy, and an index that counts through it.
+    """
+    probe, (data, indices) = place.probe, node.inputs[:2]
+    index, other = probe.values.get(indices), probe.other_values.get(indices)
+    if index is None or other is None or len(place.shape(data)) != 1 or sum(probe.moving_axes(node.outputs[0])) != 1:
+        return False
+    every = index.size == place.shape(data)[0] and (other.size,) == probe.other_shapes.get(data)
+    return every and all(np.array_equal(v.reshape(-1), np.arange(v.size)) for v in (index, other))
 
 
 @rule("Pad")
@@ -367,7 +389,8 @@ class Tile(Move):
         if repeats is None:
             ctx.pin_inputs(node, "its repeats depend on data")
             return
-        ctx.set(node.outputs[0], {a: np.tile(v, int(repeats[a])) for a, v in ctx.vectors(node.inputs[0]).items()})
+        axes = ctx.spread(node, lambda a: a)
+        ctx.set(node.outputs[0], {a: np.tile(v, int(repeats[a])) for a, v in axes.items()})
 
 
 @rule("Expand")
@@ -377,7 +400,7 @@ class Expand(Move):
     def propagate(self, node: Node, ctx: Context) -> None:
         x, y = node.inputs[0], node.outputs[0]
         shift = len(ctx.shape(y)) - len(ctx.shape(x))
-        ctx.set(y, {a + shift: v for a, v in ctx.vectors(x).items()})
+        ctx.set(y, {a + shift: v for a, v in ctx.spread(node, lambda a: a + shift).items()})
 
     def traces(self, node: Node, known: Constants) -> Traces:
         rank, shift = len(known.shape(node.inputs[0])), len(known.shape(node.outputs[0]))
@@ -385,3 +408,20 @@ class Expand(Move):
 
     def rewrite(self, node: Node, cut: Cut) -> None:
         cut.resize_operand(node, 1)
+
+
+@rule("ConstantOfShape")
+class ConstantOfShape(Rule):
+    """The same value everywhere, in a shape that follows a dynamic size: the other axes are cut freely."""
+
+    def propagate(self, node: Node, ctx: Context) -> None:
+        y = node.outputs[0]
+        moving = ctx.probe.moving_axes(y)
+        ctx.set(y, {a: ctx.labels.fresh(n) for a, n in enumerate(ctx.shape(y)) if not moving[a]})
+
+    def constants(self, node: Node, known: Constants) -> None:
+        for axis, vector in known.axes(node.outputs[0]).items():
+            known.set(node.outputs[0], axis, np.ones(len(vector), bool))
+
+    def rewrite(self, node: Node, cut: Cut) -> None:
+        cut.resize_operand(node, 0)

@@ -131,11 +131,10 @@ class GroupNorm(Rule):
 
 @rule("LRN")
 class LocalResponse(Rule):
-    """Sums over neighbouring channels: pinned."""
+    """Sums over neighbouring channels: pinned, or released with --norms release."""
 
     def propagate(self, node: Node, ctx: Context) -> None:
-        ctx.pin_except(node, node.inputs[0], (), "it runs across neighbouring channels")
-        ctx.set(node.outputs[0], dict(ctx.vectors(node.inputs[0])))
+        ctx.set(node.outputs[0], across(node, ctx, dict(ctx.vectors(node.inputs[0])), {1}, "its sum"))
 
 
 @rule("LpNormalization", "MeanVarianceNormalization")

@@ -197,15 +197,28 @@ class TestRefusals:
             cut(analysis, keep)
 
 
-def test_what_is_spread_over_a_dynamic_size_stays_whole() -> None:
-    """Position codes computed for the size of the image cannot be sliced once and for all."""
+def test_position_codes_spread_over_the_image_are_cut() -> None:
+    """Constants spread over a dynamic size have no one value to slice; they are cut where they come from."""
     net = Net()
     y = net.conv(net.input("N", 3, "H", "W"), 8, name="stem", pads=[1, 1, 1, 1])
     codes = net.op("Expand", net.random(1, 8, 1, 1), net.op("Shape", y))
     y = net.conv(net.relu(net.op("Add", y, codes)), 6, name="free")
     result = check_cut(net.model(net.head(y)))
-    assert set(result.pinned) == {"stem", "head"}
-    assert any("cannot be cut on that axis" in reason for reason in result.pinned["stem"])
+    assert set(result.pinned) == {"head"}
+    assert "Expand" in result.touched
+
+
+def test_a_view_by_strides_over_a_dynamic_batch_is_cut() -> None:
+    """The dynamo exporter writes such a view as a flat copy and an index that counts through it."""
+    net = Net()
+    y = net.op("GlobalAveragePool", net.conv(net.input("N", 3, 6, 6), 8, name="stem"))
+    batch = net.op("Squeeze", net.op("Slice", net.op("Shape", y), [0], [1]), [0])
+    rows = net.op("Mul", net.op("Range", net.const(np.int64(0)), batch, net.const(np.int64(1))), net.const(np.int64(8)))
+    index = net.op("Add", net.op("Unsqueeze", rows, [1]), np.arange(8).reshape(1, 8))
+    y = net.op("Gather", net.op("Reshape", y, [-1]), index, axis=0)
+    result = check_cut(net.model(net.gemm(y, 5, name="head")))
+    assert set(result.pinned) == {"head"}
+    assert "Gather" in result.touched
 
 
 def test_live_nodes() -> None:

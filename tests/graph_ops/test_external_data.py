@@ -36,8 +36,9 @@ def stored(tmp_path: Path) -> Path:
     """The model with its weights outside, under a name and at offsets that are not ours."""
     path = tmp_path / "in" / "model.onnx"
     path.parent.mkdir()
-    onnx.save(net(), path, save_as_external_data=True, all_tensors_to_one_file=True, location="weights.bin",
-              size_threshold=0)
+    onnx.save(
+        net(), path, save_as_external_data=True, all_tensors_to_one_file=True, location="weights.bin", size_threshold=0
+    )
     return path
 
 

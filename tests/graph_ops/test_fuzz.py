@@ -36,11 +36,32 @@ def run_batch(first: int, total: int = CASES, *options: str) -> list[dict[str, A
     last = min(first + BATCH, total)
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     while first < last:
-        command = [sys.executable, "-W", "error", "-m", "tests.graph_ops.fuzzing", "--seed", str(SEED),
-                   "--first", str(first), "--last", str(last), "--core", str(first // BATCH), *options]
+        command = [
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "tests.graph_ops.fuzzing",
+            "--seed",
+            str(SEED),
+            "--first",
+            str(first),
+            "--last",
+            str(last),
+            "--core",
+            str(first // BATCH),
+            *options,
+        ]
         try:
-            done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
-                                  text=True, timeout=BATCH_S, check=False)
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": paths},
+                capture_output=True,
+                text=True,
+                timeout=BATCH_S,
+                check=False,
+            )
             output, how = done.stdout, f"exit status {done.returncode}: {done.stderr[-500:]}"
         except subprocess.TimeoutExpired as error:
             output, how = (error.stdout or b"").decode(), f"no end after {BATCH_S} s"

@@ -20,6 +20,12 @@ def scores(analysis: Analysis, criterion: str, group: int = 0, scope: str = "lay
     return importance(analysis, criterion, scope=scope)[analysis.groups[group].units]
 
 
+def relative(values: object) -> np.ndarray:
+    """Values divided by their mean."""
+    values = np.asarray(values, float)
+    return values / values.mean()
+
+
 def tiny() -> tuple[Net, str]:
     """Three 1 x 1 filters on two channels: (3, -4), (0, 1), (2, 2)."""
     net = Net()
@@ -30,18 +36,36 @@ def tiny() -> tuple[Net, str]:
 def test_l1_and_l2() -> None:
     net, y = tiny()
     analysis = analysis_of(net, net.head(y))
-    np.testing.assert_allclose(scores(analysis, "l1"), [7, 1, 4])
-    np.testing.assert_allclose(scores(analysis, "l2"), [5, 1, 8**0.5])
+    np.testing.assert_allclose(scores(analysis, "l1"), relative([7, 1, 4]))
+    np.testing.assert_allclose(scores(analysis, "l2"), relative([5, 1, 8**0.5]))
 
 
 def test_a_group_gathers_all_its_producers() -> None:
-    """Coupled channels are scored together: sums of absolute values, roots of sums of squares."""
+    """Coupled channels are scored together: the mean of what each layer says, relative to the layer's own mean."""
     net, y = tiny()
     other = net.conv("x", 3, weight=np.asarray([[1, 0], [0, 5], [1, -1]], np.float32).reshape(3, 2, 1, 1), name="other")
     analysis = analysis_of(net, net.head(net.op("Add", y, other)))
     assert analysis.groups[0].nodes == ("tiny", "other")
-    np.testing.assert_allclose(scores(analysis, "l1"), [8, 6, 6])
-    np.testing.assert_allclose(scores(analysis, "l2"), [26**0.5, 26**0.5, 10**0.5], rtol=1e-6)
+    np.testing.assert_allclose(scores(analysis, "l1"), (relative([7, 1, 4]) + relative([1, 5, 2])) / 2)
+    both = relative([5, 1, 8**0.5]) + relative([1, 5, 2**0.5])
+    np.testing.assert_allclose(scores(analysis, "l2"), both / 2, rtol=1e-6)
+
+
+def test_units_with_many_members_are_not_favoured() -> None:
+    """Half of a stream is added to once more: its channels must not all outlive those of the other half."""
+    net = Net()
+    x = net.input(1, 2, 8, 8)
+    left, right = net.conv(x, 32, name="left"), net.conv(x, 32, name="right")
+    left = net.op("Add", left, net.conv(x, 32, name="again"))
+    analysis = analysis_of(
+        net, net.head(net.conv(net.op("Add", net.op("Concat", left, right, axis=1), net.conv(x, 64, name="whole")), 5))
+    )
+    (group,) = [g for g in analysis.groups if "whole" in g.nodes]
+    assert len(group.units) == 64
+    score = importance(analysis, "l2", scope="layer")
+    whole = next(p.labels for p in analysis.producers if p.node.name == "whole")
+    kept = np.argsort(-score[whole])[:32] < 32
+    assert 8 <= kept.sum() <= 24
 
 
 def test_transposed_grouped_and_gemm_weights() -> None:
@@ -61,16 +85,17 @@ def test_transposed_grouped_and_gemm_weights() -> None:
     names = [g.name for g in analysis.groups]
     group = names.index("transposed")
     assert len(analysis.groups[group].units) == 2
-    np.testing.assert_allclose(scores(analysis, "l1", group), [1 + 3 + 5 + 7, 2 + 4 + 6 + 8])
+    np.testing.assert_allclose(scores(analysis, "l1", group), relative([1 + 3 + 5 + 7, 2 + 4 + 6 + 8]))
     fc = analysis.value(net.nodes[-2].input[1])
-    np.testing.assert_allclose(scores(analysis, "l2", names.index("fc")), np.sqrt(np.square(fc).sum(1)), rtol=1e-6)
+    expected = relative(np.sqrt(np.square(fc).sum(1)))
+    np.testing.assert_allclose(scores(analysis, "l2", names.index("fc")), expected, rtol=1e-6)
 
 
 def test_fan_out_units_are_channels() -> None:
     """A channel that feeds nine columns of a matrix is one unit, scored by the filter that makes it."""
     net, y = tiny()
     analysis = analysis_of(net, net.gemm(net.op("Flatten", y), 2))
-    np.testing.assert_allclose(scores(analysis, "l1"), [7, 1, 4])
+    np.testing.assert_allclose(scores(analysis, "l1"), relative([7, 1, 4]))
 
 
 def test_bn_gamma() -> None:

@@ -62,8 +62,12 @@ class Chain:
     def model(self, x: str) -> onnx.ModelProto:
         y = self.node("Gemm", self.node("Flatten", self.node("GlobalAveragePool", x)), self.weight(CHANNELS, 5))
         graph = helper.make_graph(
-            self.nodes, "chain", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 2, 2])],
-            [helper.make_tensor_value_info(y, TensorProto.FLOAT, [1, 5])], self.initializers)
+            self.nodes,
+            "chain",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 2, 2])],
+            [helper.make_tensor_value_info(y, TensorProto.FLOAT, [1, 5])],
+            self.initializers,
+        )
         return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
 
 
@@ -99,8 +103,10 @@ def probe_of(graph: Graph) -> Probe:
     """What a run would find, without one: shapes by inference, no channel constant."""
     rng = np.random.default_rng(0)
     inferred = onnx.shape_inference.infer_shapes(graph.model).graph
-    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim)
-              for v in [*inferred.input, *inferred.output, *inferred.value_info]}
+    shapes = {
+        v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim)
+        for v in [*inferred.input, *inferred.output, *inferred.value_info]
+    }
     lines = {name: [rng.standard_normal(n) for n in shape] for name, shape in shapes.items()}
     shapes |= {t.name: tuple(t.dims) for t in graph.model.graph.initializer}
     return Probe(shapes, {}, lines)
@@ -131,13 +137,18 @@ def planned(analysis: Analysis, known: Constants, budget: Budget) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("build", "sizes", "budget", "select"), [
-    (residual, (1_000, 5_000, 20_000), Budget("keep_channels", 0.5, "layer", 1, 0.0), False),
-    (plain, (1_000, 5_000), Budget("keep_macs", 0.5, "global", "auto", 0.1), False),
-    (preactivation, (1_000, 5_000), Budget("keep_params", 0.6, "global", 1, 0.1), True),
-], ids=["residual", "plain", "preactivation"])
-def test_time_is_linear_in_nodes(build: Callable[[int], onnx.ModelProto], sizes: tuple[int, ...], budget: Budget,
-                                 select: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "sizes", "budget", "select"),
+    [
+        (residual, (1_000, 5_000, 20_000), Budget("keep_channels", 0.5, "layer", 1, 0.0), False),
+        (plain, (1_000, 5_000), Budget("keep_macs", 0.5, "global", "auto", 0.1), False),
+        (preactivation, (1_000, 5_000), Budget("keep_params", 0.6, "global", 1, 0.1), True),
+    ],
+    ids=["residual", "plain", "preactivation"],
+)
+def test_time_is_linear_in_nodes(
+    build: Callable[[int], onnx.ModelProto], sizes: tuple[int, ...], budget: Budget, select: bool, tmp_path: Path
+) -> None:
     per_node = []
     for nodes in sizes:
         path = tmp_path / f"{nodes}.onnx"

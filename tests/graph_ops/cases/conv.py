@@ -198,3 +198,16 @@ def conv_integer_without_zero_point(net: Net) -> str:
     y = net.op("ConvInteger", y, int8(net, 6, 8, 3, 3))
     y = net.op("Mul", net.op("Cast", y, to=1), net.const(np.float32(1e-3)))
     return net.head(net.conv(y, 5))
+
+
+def gated_by_neighbours(net: Net) -> str:
+    """Efficient channel attention: a convolution along the line of channels."""
+    y = net.conv(net.input(1, 3, 6, 6), 8, name="gated")
+    line = net.op("Transpose", net.op("Squeeze", net.op("GlobalAveragePool", y), [3]), perm=[0, 2, 1])
+    line = net.op("Conv", line, net.random(1, 1, 3), kernel_shape=[3], pads=[1, 1])
+    gate = net.op("Unsqueeze", net.op("Transpose", net.op("Sigmoid", line), perm=[0, 2, 1]), [3])
+    return net.head(net.conv(net.op("Mul", y, gate), 5, 1))
+
+
+add("conv_along_channels_pins", gated_by_neighbours, "Conv", pinned=("gated", "head"))
+add("conv_along_channels_released", gated_by_neighbours, "Conv", check={"release": True})

@@ -174,3 +174,65 @@ def qlinear_matmul_per_tensor(net: Net) -> str:
         net.const(np.uint8(120)),
     )
     return net.matmul(dequantize(net, y), 5, name="head")
+
+
+def einsum_attention(equations: tuple[str, str]) -> object:
+    def build(net: Net) -> str:
+        x = net.input(1, 7, 6)
+        q, k, v = (
+            net.op("Reshape", net.matmul(x, n, name=name), [1, 7, 2, n // 2])
+            for n, name in ((8, "q"), (8, "k"), (10, "v"))
+        )
+        y = net.op("Softmax", net.op("Einsum", q, k, equation=equations[0]), axis=-1)
+        y = net.op("Einsum", y, v, equation=equations[1])
+        return net.matmul(net.op("Reshape", y, [1, 7, 10]), 5, name="head")
+
+    return build
+
+
+add("einsum_attention", einsum_attention(("b i h d, b j h d -> b h i j", "b h i j, b j h d -> b i h d")), "Einsum")
+add("einsum_ellipsis", einsum_attention(("...ihd,...jhd->...hij", "...hij,...jhd->...ihd")), "Einsum")
+
+
+@case("Einsum")
+def einsum_weight(net: Net) -> str:
+    """A constant brings letters of its own, follows those of the data and ends those that are summed over."""
+    y = net.op("Einsum", net.conv(net.input(1, 3, 6, 6), 8), net.random(8, 5, 4), equation="bchw,cko->bkohw")
+    y = net.op("Einsum", net.relu(y), net.random(5, 4), equation="bkohw,ko->bkhw")
+    return net.head(net.conv(y, 5, 1))
+
+
+@case("Einsum")
+def einsum_without_result(net: Net) -> str:
+    """Letters that occur once make up a result that is not written out."""
+    y = net.op("Einsum", net.matmul(net.input(4, 6), 8), net.random(8, 5), equation="ab,bc")
+    return net.matmul(net.relu(y), 5, name="head")
+
+
+def attention(flat: bool, heads: tuple[int, int] = (4, 4), **attributes: object) -> object:
+    def build(net: Net) -> str:
+        x = net.input(1, 7, 6)
+        sizes = (heads[0] * 4, heads[1] * 4, heads[1] * 6)
+        made = [net.matmul(x, n, name=name) for n, name in zip(sizes, "qkv", strict=True)]
+        if flat:
+            y = net.op("Attention", *made, q_num_heads=heads[0], kv_num_heads=heads[1], **attributes)
+        else:
+            split = [
+                net.op("Transpose", net.op("Reshape", m, [1, 7, h, m_size // h]), perm=[0, 2, 1, 3])
+                for m, h, m_size in zip(made, (heads[0], heads[1], heads[1]), sizes, strict=True)
+            ]
+            y = net.op("Attention", *split, **attributes)
+            y = net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), [1, 7, heads[0] * 6])
+        return net.matmul(y, 5, name="head")
+
+    return build
+
+
+for label, settings in {
+    "split": {"flat": False},
+    "flat": {"flat": True},
+    "flat_scaled": {"flat": True, "scale": 0.3, "is_causal": 1},
+    "shared": {"flat": False, "heads": (4, 2)},
+    "flat_shared": {"flat": True, "heads": (4, 2)},
+}.items():
+    add(f"attention_{label}", attention(**settings), "Attention", opset=23)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import numpy_helper
 
 from ..builder import MICROSOFT, Net
 from . import MACS_ONLY, add, case
@@ -295,3 +296,26 @@ def expand_one_channel(net: Net) -> str:
     wide = net.op("Expand", net.conv(x, 1, name="narrow"), [1, 8, 4, 4])
     y = net.op("Add", net.conv(x, 8, name="one"), wide)
     return net.head(net.conv(net.relu(net.conv(y, 6, 1)), 5))
+
+
+def class_token(how: str) -> object:
+    """A constant for every image of a batch, in front of what is computed from the image."""
+
+    def build(net: Net) -> str:
+        y = net.op("Reshape", net.conv(net.input("N", 3, 6, 6), 8, name="stem"), [0, 8, 16])
+        y = net.op("Transpose", y, perm=[0, 2, 1])
+        batch = net.op("Slice", net.op("Shape", y), [0], [1])
+        rest = [1, 1] if how == "Tile" else [1, 8]
+        shape = net.op("Concat", batch, np.asarray(rest), axis=0)
+        if how == "ConstantOfShape":
+            token = net.op(how, shape, value=numpy_helper.from_array(np.asarray([0.5], np.float32)))
+        else:
+            token = net.op(how, net.random(1, 1, 8), shape)
+        y = net.matmul(net.relu(net.op("Concat", token, y, axis=1)), 6)
+        return net.matmul(y, 5, name="head")
+
+    return build
+
+
+for operator in ("Expand", "Tile", "ConstantOfShape"):
+    add(f"class_token_by_{operator.lower()}", class_token(operator), f"Concat {operator}")

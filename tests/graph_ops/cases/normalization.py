@@ -147,3 +147,10 @@ def response_normalisation_pins(net: Net) -> str:
     y = net.relu(net.conv(net.input(1, 3, 8, 8), 8))
     y = net.op("LRN", net.conv(y, 6, name="normed"), size=3)
     return net.head(net.conv(net.relu(net.conv(y, 8, 1)), 5, 1))
+
+
+@case("LRN", check=RELEASE)
+def response_normalisation_released(net: Net) -> str:
+    """Released, the neighbours are those of the channels that stay."""
+    y = net.op("LRN", net.conv(net.input(1, 3, 8, 8), 9), size=5, alpha=0.5)
+    return net.head(net.conv(net.relu(y), 5, 1))
