@@ -13,6 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .errors import ModelError
+from .memory import give_back
 
 # Their outputs differ from run to run although nothing flows in.
 RANDOM_OPS = frozenset(
@@ -170,8 +171,12 @@ def _mapped(file: str, changed_ns: int, size: int) -> np.ndarray:
 
 
 def unmap() -> None:
-    """Let go of the mapped files: what nobody holds any more leaves the memory, what is wanted again comes back."""
+    """Let go of the mapped files: what nobody holds any more leaves the memory, what is wanted again comes back.
+
+    Sessions that were closed leave holes that the C library would keep for later; they are given back as well.
+    """
     _mapped.cache_clear()
+    give_back()
 
 
 def tensor_value(tensor: onnx.TensorProto) -> np.ndarray:

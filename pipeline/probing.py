@@ -167,8 +167,8 @@ def infer(graph: Graph, shapes: dict[str, Shape]) -> dict[str, Shape | None]:
 class Prober:
     """One graph in a session that tells shapes, static values and one line along every axis.
 
-    Nodes are added to the graph for that: ``Shape`` of every tensor that depends on the input, and a ``GatherND`` that
-    picks the lines. A tensor is exposed as a whole only when it is a static operand, or when its shape is not known.
+    Nodes are added to the graph for that: ``Shape`` of every tensor whose shape is not known beforehand, and a
+    ``GatherND`` that picks the lines. A tensor is exposed as a whole only when it is a static operand, or when its shape is not known.
     """
 
     def __init__(self, graph: Graph, known: dict[str, Shape | None], *, lines: bool = True, add: bool = True) -> None:
@@ -186,8 +186,10 @@ class Prober:
         self.graph = graph
         self.whole: list[str] = []
         self.measured: dict[str, str] = {}  # tensor -> what holds its shape
+        self.inferred: dict[str, Shape] = {}  # tensor -> its shape, where no input has an open size
         self.lines: dict[str, tuple[str, Shape]] = {}  # tensor -> what holds its lines, its shape
         names = list(dict.fromkeys([*graph.outputs, *(o for n in graph.nodes for o in n.outputs if o)]))
+        dynamic = is_dynamic(graph)
         prefix = MARK
         while any(name.startswith(prefix) for name in names):
             prefix += "_"
@@ -202,8 +204,11 @@ class Prober:
             if not add or (_is_operand(graph, name) if static else lines and not pick):
                 self.whole.append(name)
                 continue
-            self.measured[name] = f"{prefix}_shape_{i}"
-            nodes.append(helper.make_node("Shape", [name], [self.measured[name]], name=self.measured[name]))
+            if shape is not None and add and not dynamic:
+                self.inferred[name] = shape
+            else:
+                self.measured[name] = f"{prefix}_shape_{i}"
+                nodes.append(helper.make_node("Shape", [name], [self.measured[name]], name=self.measured[name]))
             if lines and not static and all(shape):
                 if shape not in picks:
                     picks[shape] = numpy_helper.from_array(_positions(shape), f"{prefix}_at_{len(picks)}")
@@ -212,9 +217,8 @@ class Prober:
                 if shape:
                     nodes.append(helper.make_node("GatherND", [name, picks[shape].name], [line], name=line))
         constants = [tensor for shape, tensor in picks.items() if shape]
-        self.runner = Runner(
-            graph.model, expose=[*self.whole, *(o for n in nodes for o in n.output)], nodes=nodes, constants=constants
-        )
+        expose = [*self.whole, *(o for n in nodes for o in n.output)]
+        self.runner = Runner(graph.model, expose=expose, nodes=nodes, constants=constants) if expose else None
 
     def run(
         self, feeds: Feeds, *, lines: bool = True
@@ -226,8 +230,8 @@ class Prober:
         """
         picked = self.lines if lines else {}
         names = [*self.whole, *self.measured.values(), *(line for line, shape in picked.values() if shape)]
-        got = dict(zip(names, self.runner.run(names, feeds), strict=True))
-        shapes = {name: tuple(got[key].tolist()) for name, key in self.measured.items()}
+        got = dict(zip(names, self.runner.run(names, feeds), strict=True)) if self.runner and names else {}
+        shapes = self.inferred | {name: tuple(got[key].tolist()) for name, key in self.measured.items()}
         for name, (_, shape) in picked.items():
             if shapes[name] != shape:
                 raise RunError(f"{MARK}: {name} has another shape than inferred")

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from prune_onnx.graph_ops.graph import tensor_value
+from prune_onnx.graph_ops.memory import give_back
 from prune_onnx.graph_ops.model_io import split_weights
 
 from .sessions import create_session, one_line
@@ -59,6 +60,8 @@ class Runner:
             if name not in self.outputs:
                 skeleton.graph.output.append(onnx.ValueInfoProto(name=name))
         self._session = create_session(skeleton, "cpu", optimize=False, arena=False)
+        del skeleton
+        give_back()
         self._read = {i.name for i in self._session.get_inputs()}
 
     def run(self, names: Sequence[str] | None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

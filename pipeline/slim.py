@@ -23,9 +23,10 @@ from prune_onnx.graph_ops.errors import ModelError, OutputError, PlanError
 from prune_onnx.graph_ops.exact import Edits, carry, removable
 from prune_onnx.graph_ops.files import check_output, write_text
 from prune_onnx.graph_ops.fold import fold_batch_norm
-from prune_onnx.graph_ops.graph import Graph
+from prune_onnx.graph_ops.graph import Graph, unmap
 from prune_onnx.graph_ops.importance import CRITERIA, importance
 from prune_onnx.graph_ops.masked import masked_reference
+from prune_onnx.graph_ops.memory import keep_small
 from prune_onnx.graph_ops.probe import Probe
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
@@ -88,6 +89,7 @@ def slim(config: SlimConfig, progress: Progress = SILENT) -> SlimResult:
 
 def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     clock = _Clock()
+    keep_small()
     _check_paths(config)
     if config.criterion is not None:
         CRITERIA.get(config.criterion)
@@ -101,10 +103,13 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     )
     every = [feeds, random_feeds(graph, {name: value.shape for name, value in feeds.items()}, config.seed + 1)]
     every += [other_feeds] if other_feeds is not None else []
+    unmap()
     clock.lap("probe")
     analysis, known, simpler = _understand(config, graph, found)
     clock.lap("analyse")
     decision = _decide(config, analysis, known)
+    del known
+    unmap()
     clock.lap("plan")
     notes: list[str] = []
     whole = analysis
@@ -117,6 +122,7 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
         result, folded = fold_batch_norm(result)
         notes.append(f"folded {folded} BatchNormalization nodes")
     _stamp(result, config)
+    unmap()
     clock.lap("cut")
     model_io.check(result, original)
     if simpler is not None:
