@@ -22,7 +22,7 @@ from .model_io import copy_fields
 from .probe import Shape
 from .rules import rule_for
 
-TAKE_AT_ONCE = 2**21  # bytes
+TAKE_AT_ONCE = 2**20  # bytes
 Index = tuple[tuple[int, bytes], ...]
 """What is kept of a tensor: (axis, kept positions as int64 bytes) pairs."""
 

@@ -103,7 +103,7 @@ def _gather(analysis: Analysis, norm: Callable[[np.ndarray], np.ndarray]) -> Sco
 def _by_channel(weight: np.ndarray, axis: int, norm: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Apply a norm to every slice of ``axis`` in float64, a few at a time: a large layer never exists twice."""
     rows = np.moveaxis(weight, axis, 0)
-    step = max(1, 2**20 // max(1, weight.size // len(rows)))
+    step = max(1, 2**17 // max(1, weight.size // len(rows)))
     parts = [
         norm(np.asarray(rows[i : i + step], np.float64).reshape(len(rows[i : i + step]), -1))
         for i in range(0, len(rows), step)

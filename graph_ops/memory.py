@@ -13,7 +13,7 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # Blocks of this many bytes and more get pages of their own, which go back when they are freed.
-OWN_PAGES = 2**18
+OWN_PAGES = 2**21
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def keep_small() -> None:
     library = _libc()
     if library is not None:
         library.mallopt(M_MMAP_THRESHOLD, OWN_PAGES)
-        library.mallopt(M_TRIM_THRESHOLD, 4 * OWN_PAGES)
+        library.mallopt(M_TRIM_THRESHOLD, OWN_PAGES)
 
 
 def give_back() -> None:

@@ -168,7 +168,8 @@ class Prober:
     """One graph in a session that tells shapes, static values and one line along every axis.
 
     Nodes are added to the graph for that: ``Shape`` of every tensor whose shape is not known beforehand, and a
-    ``GatherND`` that picks the lines. A tensor is exposed as a whole only when it is a static operand, or when its shape is not known.
+    ``GatherND`` that picks the lines. A tensor is exposed as a whole only when it is a static operand, or when its shape
+    is not known.
     """
 
     def __init__(self, graph: Graph, known: dict[str, Shape | None], *, lines: bool = True, add: bool = True) -> None:
