@@ -88,6 +88,12 @@ def is_dynamic(graph: Graph) -> bool:
     )
 
 
+def batch_of(graph: Graph) -> int:
+    """The batch size that the file fixes, 0 where it leaves it open."""
+    dims = graph.inputs[0].type.tensor_type.shape.dim
+    return dims[0].dim_value if len(dims) and dims[0].HasField("dim_value") and dims[0].dim_value > 0 else 0
+
+
 def has_dynamic_side(graph: Graph) -> bool:
     """Whether an input has an open size other than its first axis."""
     return any(
