@@ -53,6 +53,15 @@ def opened(tmp_path: Path, model: onnx.ModelProto, data: np.ndarray | str, **opt
     return open_calibration(config, model, graph, probe(graph)[0], heard), heard
 
 
+def files(tmp_path: Path) -> dict[str, object]:
+    """Options of a run on a stored model and stored data."""
+    return {
+        "input": tmp_path / "in.onnx",
+        "output": tmp_path / "out.onnx",
+        "calibration": str(tmp_path / "data.npy"),
+    }
+
+
 def with_recipe(recipe: Preprocessing = RECIPE) -> onnx.ModelProto:
     model = residual_net()
     preprocessing.write(model, recipe)

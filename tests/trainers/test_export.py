@@ -135,10 +135,10 @@ def test_interface_is_fixed_and_the_batch_is_free(mixed: tuple[nn.Module, onnx.M
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 18)]
 
 
-def test_metadata_tells_the_recipe_the_norm_scales_and_the_provenance_only(mixed: tuple[nn.Module, onnx.ModelProto]) -> None:
+def test_metadata_tells_recipe_scales_and_provenance_only(mixed: tuple[nn.Module, onnx.ModelProto]) -> None:
     model, proto = mixed
     assert preprocessing.read(proto) == RECIPE
-    scales = [m.weight.detach().numpy().tobytes() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    scales = [m.weight.detach().numpy().tobytes() for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert sorted(scale.tobytes() for scale in gammas.read(proto).values()) == sorted(scales)
     own = (preprocessing.KEY, gammas.KEY)
     assert {prop.key: prop.value for prop in proto.metadata_props if prop.key not in own} == {
