@@ -138,7 +138,8 @@ def test_interface_is_fixed_and_the_batch_is_free(mixed: tuple[nn.Module, onnx.M
 def test_metadata_tells_recipe_scales_and_provenance_only(mixed: tuple[nn.Module, onnx.ModelProto]) -> None:
     model, proto = mixed
     assert preprocessing.read(proto) == RECIPE
-    scales = [m.weight.detach().numpy().tobytes() for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    scales = [m.weight.detach().numpy().tobytes() for m in norms]
     assert sorted(scale.tobytes() for scale in gammas.read(proto).values()) == sorted(scales)
     own = (preprocessing.KEY, gammas.KEY)
     assert {prop.key: prop.value for prop in proto.metadata_props if prop.key not in own} == {
