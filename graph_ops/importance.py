@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .analysis import Analysis
@@ -38,6 +40,7 @@ def importance(
     seed: int = 0,
     taps: Taps | None = None,
     loss: Loss | None = None,
+    enough: Callable[[np.ndarray], bool] | None = None,
     progress: Progress = SILENT,
 ) -> Scores:
     """Score every unit.
@@ -49,6 +52,7 @@ def importance(
         seed: of the random criterion.
         taps: shows activations, where there is calibration data.
         loss: of the masked network, where that data has labels.
+        enough: tells a keep-set that is as small as the budget asks; an order of removal need not go on from there.
         progress: told how far the criterion is.
 
     Raises:
@@ -56,7 +60,7 @@ def importance(
     """
     chosen = CRITERIA.get(name)
     check_needs(chosen, calibration=taps is not None, labels=loss is not None)
-    scores = chosen.score(Evidence(analysis, np.random.default_rng(seed), taps, loss, progress))
+    scores = chosen.score(Evidence(analysis, np.random.default_rng(seed), taps, loss, enough, progress))
     if scope == "global" and not chosen.comparable:
         for group in analysis.groups:
             known = scores[group.units]

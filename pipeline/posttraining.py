@@ -34,6 +34,8 @@ from .taps import Taps
 OBS = "obs"
 LEAST_SQUARES = "least-squares"
 CORRECTIONS = {"bias": correct_means, "bn": match_statistics}
+BEYOND = 0.8
+"""How much smaller than the budget a keep-set is made by a criterion that removes: alignment moves the counts."""
 HELD_OUT = 0.1
 
 
@@ -109,9 +111,12 @@ def _ranked(
     loss = None
     if data.labels is not None and CRITERIA.get(config.criterion).needs == LABELS:
         loss = MaskedLoss(analysis, data.chunks, data.labels)
+    cost = getattr(CostModel(analysis), config.budget[0].removeprefix("keep_"))
+    target = BEYOND * fraction * cost(np.ones(analysis.units, bool))
     scores = importance(
-        analysis, config.criterion, scope=config.scope, seed=config.seed, taps=taps, loss=loss, progress=progress
-    )
+        analysis, config.criterion, scope=config.scope, seed=config.seed, taps=taps, loss=loss,
+        enough=lambda keep: cost(keep) <= target, progress=progress,
+    )  # fmt: skip
     budget = Budget(config.budget[0], fraction, config.scope, config.align, config.min_keep)
     return Planner(analysis, scores, np.ones(analysis.units, bool), budget).solve()
 

@@ -47,6 +47,7 @@ class Evidence:
         rng: of the random criterion.
         taps: shows activations; ``None`` without calibration data.
         loss: of the masked network; ``None`` without labelled calibration data.
+        enough: whether a keep-set, bool (units,), is as small as anybody will ask; ``None`` where nobody knows.
         progress: told how far a criterion is.
     """
 
@@ -54,6 +55,7 @@ class Evidence:
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
     taps: Taps | None = None
     loss: Loss | None = None
+    enough: Callable[[np.ndarray], bool] | None = None
     progress: Progress = SILENT
 
 

@@ -33,7 +33,8 @@ def selection(evidence: Evidence, rounds: int, again: int = AGAIN) -> Scores:
             all of them, which is the paper's algorithm.
 
     Returns:
-        0 for the first that goes up to 1; every group's last unit is never removed and scores 1.
+        0 for the first that goes up to 1. What is left when enough is gone, or as the last of its group, is ranked
+        behind by its loss when last looked at.
     """
     analysis = evidence.analysis
     assert evidence.loss is not None
@@ -45,7 +46,7 @@ def selection(evidence: Evidence, rounds: int, again: int = AGAIN) -> Scores:
     with evidence.progress.task("loss without each channel", len(left)) as advance:
         while True:
             left = _removable(evidence, keep, left)
-            if not len(left):
+            if not len(left) or (evidence.enough is not None and evidence.enough(keep)):
                 break
             best = left[np.argsort(known[left], kind="stable")]
             first_time = np.isinf(known[left]).any()
@@ -57,9 +58,10 @@ def selection(evidence: Evidence, rounds: int, again: int = AGAIN) -> Scores:
                     order.append(int(unit))
                     advance(1)
             left = left[keep[left]]
+    rest = np.flatnonzero(keep & ~analysis.pinned & (analysis.group_of >= 0))
+    order += rest[np.argsort(known[rest], kind="stable")].tolist()
     scores = np.full(analysis.units, np.nan)
-    scores[~analysis.pinned & (analysis.group_of >= 0)] = 1.0
-    scores[order] = np.arange(len(order)) / max(1, len(order))
+    scores[order] = np.arange(len(order)) / max(1, len(order) - 1)
     return scores
 
 

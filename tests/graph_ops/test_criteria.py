@@ -222,6 +222,19 @@ def test_loss_takes_what_went_before_into_account(rounds: int, again: int) -> No
     assert found[7] == 1
 
 
+def test_loss_stops_when_enough_is_gone() -> None:
+    net = Net()
+    analysis = analysed(net.model(net.head(net.conv(net.input(1, 2, 4, 4), 64))))[0]
+    units = analysis.groups[0].units
+    prices = np.random.default_rng(0).permutation(64) + 1.0
+    whole, part = Pairs(prices), Pairs(prices)
+    every = selection(Evidence(analysis, loss=whole), 16)[units]
+    some = selection(Evidence(analysis, loss=part, enough=lambda keep: keep[units].sum() <= 48), 16)[units]
+    assert part.calls < whole.calls
+    assert np.argsort(some)[:16].tolist() == np.argsort(every)[:16].tolist()
+    assert sorted(some) == sorted(every)
+
+
 def test_loss_looks_at_few_candidates_again() -> None:
     net = Net()
     analysis = analysed(net.model(net.head(net.conv(net.input(1, 2, 4, 4), 64))))[0]
