@@ -28,6 +28,7 @@ from prune_onnx.graph_ops.importance import CRITERIA, check_needs, importance
 from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.probe import Probe
 from prune_onnx.graph_ops.progress import SILENT, Progress
+from prune_onnx.graph_ops.unshare import own_operands
 
 from . import posttraining
 from .calibration import Calibration, open_calibration
@@ -241,9 +242,12 @@ def _calibrated(
     dense, folded = cut(analysis, exact.keep, exact.edits), 0
     if config.compensate != "bn":  # which estimates the statistics of the BatchNorms again
         dense, folded = fold_batch_norm(dense)
-    verify(original, dense, feeds, "original")
     graph = Graph(dense)
     found = probe(graph, config.input_shape, config.seed)[0]
+    if config.compensate in (None, "least-squares"):
+        graph = Graph(own_operands(dense, found.shapes))
+        found = probe(graph, config.input_shape, config.seed)[0]
+    verify(original, graph.model, feeds, "original")
     inner = analyse(graph, found, release_norms=config.norms == "release", ignore=config.ignore)
     name, fraction = config.budget
     assert fraction is not None

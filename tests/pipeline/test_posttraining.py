@@ -173,6 +173,36 @@ def test_calibration_beats_the_same_budget_without_it(tmp_path):
     assert divergence(dense, fitted) < 0.5 * divergence(dense, plain)
 
 
+def twins() -> onnx.ModelProto:
+    """Every channel twice, in layers that share weight and bias or have none: half of them can go without a loss.
+
+    The twin of the first layer is three times as strong, those of the shared layers a third: what one of the two layers
+    needs is wrong for the other.
+    """
+    net = Net()
+
+    def twice(*dims: int, ratio: float = 1 / 3) -> np.ndarray:
+        values = np.repeat(net.random(*dims, scale=0.4), 2, axis=0)
+        values[1::2] *= ratio
+        return values
+
+    x = net.relu(net.conv(net.input("n", 3, 8, 8), 8, weight=twice(4, 3, 3, 3, ratio=3), bias=False))
+    weight, bias = net.const(twice(4, 8, 3, 3)), net.const(twice(4))
+    for _ in range(2):
+        x = net.relu(net.op("Conv", x, weight, bias))
+    x = net.op("Flatten", net.op("GlobalAveragePool", x))
+    x = net.relu(net.op("Add", net.op("MatMul", x, twice(4, 8).T.copy()), bias))
+    return net.model(net.matmul(x, 5))
+
+
+def test_shared_and_missing_constants_are_refitted_layer_by_layer(tmp_path):
+    model = twins()
+    calibrated(tmp_path, model, keep_macs=None, keep_channels=0.5, scope="layer")
+    fresh = [{"x": images(64, seed=5)}]
+    dense, small = (_outputs(onnx.load(tmp_path / f"{n}.onnx"), fresh) for n in ("in", "out"))
+    assert np.abs(dense - small).max() < 0.02 * np.abs(dense).max()
+
+
 def test_report_counts_against_the_original_graph(tmp_path):
     result = calibrated(tmp_path, residual_net(bn=True))
     assert result.before.params > result.after.params
