@@ -111,11 +111,11 @@ def _ranked(
     loss = None
     if data.labels is not None and CRITERIA.get(config.criterion).needs == LABELS:
         loss = MaskedLoss(analysis, data.chunks, data.labels)
-    cost = getattr(CostModel(analysis), config.budget[0].removeprefix("keep_"))
-    target = BEYOND * fraction * cost(np.ones(analysis.units, bool))
+    cost = getattr(CostModel(analysis), config.budget[0].removeprefix("keep_"), None)
+    target = BEYOND * fraction * cost(np.ones(analysis.units, bool)) if cost else 0.0
     scores = importance(
         analysis, config.criterion, scope=config.scope, seed=config.seed, taps=taps, loss=loss,
-        enough=lambda keep: cost(keep) <= target, progress=progress,
+        enough=(lambda keep: cost(keep) <= target) if cost else None, progress=progress,
     )  # fmt: skip
     budget = Budget(config.budget[0], fraction, config.scope, config.align, config.min_keep)
     return Planner(analysis, scores, np.ones(analysis.units, bool), budget).solve()

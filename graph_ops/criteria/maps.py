@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,9 @@ PASSED = frozenset(
     }
 )
 """What only thins out or rearranges a map: the map in front of it is the one that counts."""
+
+Measure = Callable[[np.ndarray], np.ndarray]
+"""Maps (N, channels, ...) to a number a channel, summed over N."""
 
 RANKED = 128
 """Images whose maps are ranked: the mean rank of a channel hardly moves after that (HRank takes 500)."""
@@ -61,8 +65,8 @@ def by_channel(value: np.ndarray, axis: int) -> np.ndarray:
     return value[None].swapaxes(0, 1) if axis == 0 else np.moveaxis(value, axis, 1)
 
 
-def averaged(evidence: Evidence, measure, images: int | None = None) -> list[tuple[Map, np.ndarray]]:
-    """Average a measure of (N, channels, ...) maps, summed over N into (channels,), over the calibration inputs."""
+def averaged(evidence: Evidence, measure: Measure, images: int | None = None) -> list[tuple[Map, np.ndarray]]:
+    """Average a measure of all maps over the calibration inputs."""
     assert evidence.taps is not None
     todo = maps(evidence.analysis)
     by_name: dict[str, list[int]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..analysis import Analysis
@@ -10,6 +12,9 @@ from .norms import l2
 
 NORM_SHARE = 0.25
 """Part of the removed filters of ``fpgm-mix`` that goes by the norm (the paper's 40 % are 30 % distance, 10 % norm)."""
+
+AT_ONCE = 2**22
+"""Weights that are looked at together: their float64 copies take 64 MB."""
 
 
 @criterion("fpgm")
@@ -60,7 +65,7 @@ def mixed_order(norms: np.ndarray, distance: np.ndarray) -> np.ndarray:
     return np.asarray(order, np.int64)
 
 
-def _distances(analysis: Analysis):
+def _distances(analysis: Analysis) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each group's units and their pairwise distances, float32 (n, n), units without any filter left out."""
     by_group: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for producer, weight, axis in producing_weights(analysis):
@@ -76,9 +81,12 @@ def _distances(analysis: Analysis):
         for labels, rows in members:
             for part in _one_each(labels):
                 where = place[labels[part]]
-                full = np.zeros((len(units), rows.shape[1]))
-                full[where] = rows[part]
-                squares += _pairwise(full)
+                step = max(1, AT_ONCE // len(units))
+                for first in range(0, rows.shape[1], step):
+                    columns = rows[part, first : first + step]
+                    full = np.zeros((len(units), columns.shape[1]))
+                    full[where] = columns
+                    squares += _pairwise(full)
                 covered[where] = True
         squares = squares[np.ix_(covered, covered)]
         yield units[covered], np.sqrt(np.maximum(squares, 0)).astype(np.float32)

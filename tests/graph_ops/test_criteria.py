@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from prune_onnx.graph_ops.analysis import Analysis
-from prune_onnx.graph_ops.criteria import CRITERIA, WEIGHTS, Evidence
+from prune_onnx.graph_ops.criteria import CRITERIA, WEIGHTS, Evidence, median
 from prune_onnx.graph_ops.criteria.loss import selection
 from prune_onnx.graph_ops.criteria.median import mixed_order
 from prune_onnx.graph_ops.errors import ConfigError
@@ -264,3 +264,13 @@ def test_what_looks_at_activations_asks_for_calibration(name: str) -> None:
 def test_loss_asks_for_labels() -> None:
     with pytest.raises(ConfigError, match="criterion 'loss' needs labels"):
         importance(filters_net(), "loss", taps=lambda names, images=None: iter(()))
+
+
+def test_fpgm_takes_long_filters_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    filters = rng.standard_normal((6, 5, 3, 3)).astype(np.float32)
+    net = Net()
+    analysis = analysed(net.model(net.head(net.conv(net.input(1, 5, 6, 6), 6, weight=filters))))[0]
+    whole = importance(analysis, "fpgm")
+    monkeypatch.setattr(median, "AT_ONCE", 24)
+    np.testing.assert_allclose(importance(analysis, "fpgm"), whole, rtol=1e-6)
