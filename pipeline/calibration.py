@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -45,7 +45,19 @@ class Calibration:
     recipe: Preprocessing | None = None
 
     def __len__(self) -> int:
-        return sum(len(next(iter(chunk.values()))) for chunk in self.chunks)
+        return sum(size_of(chunk) for chunk in self.chunks)
+
+    def only(self, chunks: list[Feeds]) -> Calibration:
+        """Return the same with the first inputs alone; a batch may be the first part of what it was."""
+        if self.labels is None:
+            return replace(self, chunks=chunks)
+        labels = [y[: size_of(chunk)] for y, chunk in zip(self.labels, chunks, strict=False)]
+        return replace(self, chunks=chunks, labels=labels)
+
+
+def size_of(feeds: Feeds) -> int:
+    """Return how many inputs a batch has."""
+    return len(next(iter(feeds.values())))
 
 
 def open_calibration(

@@ -7,7 +7,7 @@ is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -22,10 +22,10 @@ from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.plan import Budget, Planner, alignment_step
 from prune_onnx.graph_ops.progress import Progress
 
-from .calibration import Calibration
+from .calibration import Calibration, size_of
 from .compensate import correct_means, match_statistics
 from .masking import MaskedLoss
-from .probing import Feeds
+from .probing import Feeds, batch_of
 from .reconstruct import Reconstruction, divergence
 from .runner import Runner
 from .slim_schema import SlimConfig
@@ -70,9 +70,7 @@ def prune(config: SlimConfig, analysis: Analysis, data: Calibration, fraction: f
         ConfigError: the criterion needs labels, and there are none.
         PlanError: the budget cannot be reached.
     """
-    chunks = data.chunks
-    held = max(1, round(HELD_OUT * len(chunks))) if len(chunks) > 1 else 0
-    fit, check = (chunks[:-held], chunks[-held:]) if held else (chunks, chunks)
+    fit, check = held_out(data.chunks, whole=batch_of(analysis.graph) > 0)
     criterion = config.criterion or OBS
     compensate = config.compensate or LEAST_SQUARES
     if fraction >= 1:  # what was dead is all that had to go
@@ -88,7 +86,7 @@ def prune(config: SlimConfig, analysis: Analysis, data: Calibration, fraction: f
         else:
             work.run(counts, found.paths)
     else:
-        keep = _ranked(config, analysis, replace(data, chunks=fit), fraction, progress)
+        keep = _ranked(config, analysis, data.only(fit), fraction, progress)
         work = Reconstruction(analysis, fit, keep=keep, seed=config.seed, progress=progress)
         if compensate == LEAST_SQUARES:
             work.run({}, {})
@@ -101,6 +99,26 @@ def prune(config: SlimConfig, analysis: Analysis, data: Calibration, fraction: f
     if edits.operands or edits.shifts:
         _guard(result, analysis, check)
     return result
+
+
+def held_out(chunks: list[Feeds], *, whole: bool) -> tuple[list[Feeds], list[Feeds]]:
+    """Split inputs into those that are fitted and the last tenth, which is held out.
+
+    Args:
+        chunks: batches.
+        whole: whether a batch may not be split; one batch alone then serves for both.
+    """
+    left = max(1, round(HELD_OUT * sum(size_of(chunk) for chunk in chunks)))
+    fit, check = list(chunks), []
+    while left > 0 and fit:
+        last = fit.pop()
+        size = size_of(last)
+        if size > left and not whole:
+            fit.append({name: value[:-left] for name, value in last.items()})
+            last = {name: value[-left:] for name, value in last.items()}
+        check.insert(0, last)
+        left -= size_of(last)
+    return (fit, check) if fit else (chunks, chunks)
 
 
 def _ranked(

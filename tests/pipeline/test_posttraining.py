@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import pytest
@@ -11,7 +13,7 @@ from prune_onnx.graph_ops.analysis import analyse
 from prune_onnx.graph_ops.exact import Edits
 from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.graph_ops.masked import masked_reference
-from prune_onnx.pipeline.posttraining import _outputs
+from prune_onnx.pipeline.posttraining import _outputs, held_out
 from prune_onnx.pipeline.probing import probe
 from prune_onnx.pipeline.reconstruct import Reconstruction, divergence
 from prune_onnx.pipeline.runner import Runner
@@ -227,3 +229,18 @@ def test_divergence_of_equal_outputs_is_zero():
     z = np.random.default_rng(0).standard_normal((5, 4))
     assert divergence(z, z) == 0
     assert divergence(z, z[:, ::-1]) > 0
+
+
+@pytest.mark.parametrize(("sizes", "whole"), [([64], False), ([128] * 4, False), ([4] * 10, True), ([128, 3], False)])
+def test_a_tenth_is_held_out(sizes, whole):
+    ends = np.cumsum([0, *sizes])
+    x = np.arange(ends[-1])
+    chunks = [{"x": x[a:b]} for a, b in pairwise(ends)]
+    fit, check = held_out(chunks, whole=whole)
+    np.testing.assert_array_equal(np.concatenate([c["x"] for c in fit + check]), x)
+    assert sum(len(c["x"]) for c in check) == max(1, round(0.1 * len(x)))
+
+
+def test_a_single_batch_of_fixed_size_serves_for_both():
+    chunks = [{"x": np.zeros(4)}]
+    assert held_out(chunks, whole=True) == (chunks, chunks)
