@@ -37,13 +37,14 @@ command = StageCommand(
     show_eval,
     arguments={"model": "MODEL.onnx"},
     sections={
-        "What to compare": ("baseline", "dataset", "data", "data_dir", "download", "mean", "std", "limit"),
+        "What to compare": ("baseline", "dataset", "data", "data_dir", "download", "mean", "std", "size",
+                            "layout", "limit"),
         "Measuring": ("provider", "batch_size", "threads", "input_shape", "min_time", "min_runs", "warmup"),
         "Gates": [gate.field for gate in GATES],
         "Reports": ("html", "markdown", "github_summary"),
     },
-    metavars={"baseline": "BASE.onnx", "dataset": "NAME", "data": "SPEC", "data_dir": "DIR", "html": "FILE",
-              "markdown": "FILE", "min_time": "SECONDS"} | {gate.field: "LIMIT" for gate in GATES},
+    metavars={"baseline": "BASE.onnx", "dataset": "NAME", "data": "SPEC", "data_dir": "DIR", "size": "H,W",
+              "html": "FILE", "markdown": "FILE", "min_time": "SECONDS"} | {gate.field: "LIMIT" for gate in GATES},
     exclusive=("dataset", "data"),
     epilog=EPILOG,
 )

@@ -147,6 +147,12 @@ def show_slim(console: Console, result: SlimResult) -> None:
             f"Verified against the {check.reference} model: largest difference {check.max_abs_diff:.2g} "
             f"(relative {check.max_rel_diff:.2g}, allowed {check.tolerance:.2g})."
         )
+    if precision := result.precision:
+        same = "" if precision.agreement is None else f", the same class for {percent(precision.agreement)}"
+        console.say(
+            f"Written as {precision.type}: on {precision.samples:,} inputs the largest difference from float32 is "
+            f"{precision.max_abs_diff:.2g}{same}."
+        )
     for note in result.notes:
         console.say(f"Note: {note}.")
     if result.output:

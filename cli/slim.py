@@ -54,12 +54,13 @@ command = StageCommand(
     sections={
         "Budget, one of (F is the fraction that stays)": BUDGETS,
         "Calibration: unlabelled inputs keep the accuracy": (
-            "calibration", "calibration_size", "compensate", "data_dir", "download", "mean", "std"),
+            "calibration", "calibration_size", "compensate", "data_dir", "download", "mean", "std", "size",
+            "layout"),
         "Which channels": ("criterion", "scope", "align", "min_keep", "norms", "select_inputs", "ignore"),
-        "Plan and output": ("dry_run", "plan", "output", "fold_bn", "input_shape"),
+        "Plan and output": ("dry_run", "plan", "output", "fold_bn", "fp16", "int8", "input_shape"),
     },
     metavars={"keep_channels": "F", "keep_macs": "F", "keep_params": "F", "criterion": "NAME", "align": "N|auto",
-              "calibration": "SPEC", "data_dir": "DIR", "mean": "A,B,...", "std": "A,B,...",
+              "calibration": "SPEC", "data_dir": "DIR", "mean": "A,B,...", "std": "A,B,...", "size": "H,W",
               "ignore": "GLOB", "plan": "PLAN.json", "output": "OUT.onnx"},
     exclusive=BUDGETS,
     listings=(

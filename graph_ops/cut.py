@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from . import gammas
 from .analysis import Analysis, Operand
 from .errors import ModelError, PlanError
 from .exact import Edits
@@ -439,6 +440,7 @@ class Cut:
         result.graph.initializer.extend(fresh)
         self._fix_inputs(result, have, fresh)
         self._fix_value_info(result, nodes)
+        gammas.sliced(result, {name: self.kept(name, 1) for node in nodes for name in node.output})
         return result
 
     def _fix_inputs(self, result: onnx.ModelProto, have: set[str], fresh: list[onnx.TensorProto]) -> None:

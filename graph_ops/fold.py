@@ -12,27 +12,32 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from . import surgeon
+from . import gammas, surgeon
 
 
 def fold_batch_norm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """Return a model with its foldable BatchNormalization nodes folded, and how many there were.
 
     A BatchNormalization is foldable when the sum in front of it has no other reader and all parameters are constants.
+    The scales, which are lost with that, are kept in the metadata (:mod:`.gammas`).
 
     Raises:
         ModelError: the model holds tensor types that cannot be edited.
     """
-    folded = 0
+    scales: dict[str, np.ndarray] = {}
 
     def change(graph: gs.Graph) -> None:
-        nonlocal folded
         for node in list(graph.nodes):
-            if node.op == "BatchNormalization" and _fold(node, graph):
-                folded += 1
+            if node.op == "BatchNormalization":
+                out, scale = node.outputs[0].name, _value(node.inputs[1])
+                if _fold(node, graph):
+                    scales[out] = scale
 
     result = surgeon.edit(model, change)
-    return (result, folded) if folded else (model, 0)
+    if not scales:
+        return model, 0
+    gammas.write(result, {**gammas.read(result), **scales})
+    return result, len(scales)
 
 
 def _fold(norm: gs.Node, graph: gs.Graph) -> bool:
@@ -52,7 +57,13 @@ def _fold(norm: gs.Node, graph: gs.Graph) -> bool:
     factor = scale / np.sqrt(var + norm.attrs.get("epsilon", 1e-5))
     bias = parameters[5].astype(np.float64) if len(parameters) > 5 else 0.0
     shift = (bias - mean) * factor + beta
-    new_weight = _scaled(before, weight.astype(np.float64), factor).astype(weight.dtype)
+    new_weight = scaled_outputs(
+        before.op,
+        weight.astype(np.float64),
+        factor,
+        groups=before.attrs.get("group", 1),
+        transposed=bool(before.attrs.get("transB", 0)),
+    ).astype(weight.dtype)
     name = before.inputs[1].name
     before.inputs = [
         before.inputs[0],
@@ -75,14 +86,23 @@ def _value(tensor: gs.Tensor) -> np.ndarray | None:
     return None
 
 
-def _scaled(node: gs.Node, weight: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """Multiply every output channel's weights by its factor."""
-    if node.op == "Gemm":
-        return weight * (factor[:, None] if node.attrs.get("transB", 0) else factor[None, :])
-    if node.op == "Conv":
+def scaled_outputs(
+    op_type: str, weight: np.ndarray, factor: np.ndarray, *, groups: int = 1, transposed: bool = False
+) -> np.ndarray:
+    """Multiply every output channel's weights by its factor.
+
+    Args:
+        op_type: ``Conv``, ``ConvTranspose`` or ``Gemm``.
+        weight: as the operator stores it.
+        factor: one per output channel.
+        groups: of a convolution.
+        transposed: whether a Gemm stores (out, in).
+    """
+    if op_type == "Gemm":
+        return weight * (factor[:, None] if transposed else factor[None, :])
+    if op_type == "Conv":
         return weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
     # ConvTranspose: (in, out / group, *kernel); input row i belongs to group i // (in / group).
-    groups = node.attrs.get("group", 1)
     per_row = factor.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)
     return weight * per_row.reshape(*per_row.shape, *[1] * (weight.ndim - 2))
 

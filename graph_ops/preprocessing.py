@@ -50,6 +50,11 @@ class Preprocessing:
         x = (images.astype(np.float32) / np.float32(self.scale) - mean) / std
         return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if self.layout == "NHWC" else x
 
+    def ends(self) -> tuple[float, float]:
+        """Return the smallest and the largest network input that an image can give."""
+        mean, std = (np.asarray(numbers, np.float64) for numbers in (self.mean, self.std))
+        return float((-mean / std).min()), float(((255 / self.scale - mean) / std).max())
+
 
 def write(model: onnx.ModelProto, recipe: Preprocessing) -> None:
     """Store ``recipe`` in the model's metadata, replacing an older one."""

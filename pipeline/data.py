@@ -72,7 +72,13 @@ class Samples:
         """Return ``limit`` samples, at random and in their old order; all of them when there are no more."""
         if limit is None or limit >= len(self):
             return self
-        chosen = choose(len(self), limit, seed)
+        return self._take(choose(len(self), limit, seed))
+
+    def first(self, count: int) -> Samples:
+        """Return the first ``count`` samples; all of them when there are no more."""
+        return self if count >= len(self) else self._take(slice(count))
+
+    def _take(self, chosen: np.ndarray | slice) -> Samples:
         arrays = {"images": self.images, "inputs": self.inputs, "labels": self.labels}
         return replace(self, **{key: array[chosen] for key, array in arrays.items() if array is not None})
 
@@ -145,6 +151,7 @@ def recipe_for(
     samples: Samples,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    layout: str | None = None,
 ) -> Preprocessing:
     """Return how ``samples`` become input of ``model``, and check that they fit.
 
@@ -155,6 +162,7 @@ def recipe_for(
         samples: what it will run on.
         mean: of pixel/255, per channel or one for all.
         std: likewise.
+        layout: of the model's input, ``NCHW`` or ``NHWC``; default: the recipe's, else what its shape says.
 
     Raises:
         ConfigError: mean without std, for another number of channels, or a std that is not positive.
@@ -170,7 +178,7 @@ def recipe_for(
         _check_fit(samples.name, samples.values.shape, dims)
         return carried or Preprocessing((0.0,), (1.0,))
     _, channels, height, width = samples.images.shape
-    layout = _layout(dims, carried)
+    layout = _layout(dims, carried, layout)
     if mean is not None:
         recipe = Preprocessing(tuple(mean), tuple(std), layout=layout)
     elif carried is not None:
@@ -186,11 +194,15 @@ def recipe_for(
                               "channels.")
     image = (height, width, channels) if layout == "NHWC" else (channels, height, width)
     _check_fit(samples.name, (len(samples), *image), dims)
-    return replace(recipe, size=(height, width))
+    return replace(recipe, size=(height, width), layout=layout)
 
 
-def image_input(model: onnx.ModelProto) -> tuple[int | None, Size | None]:
+def image_input(model: onnx.ModelProto, layout: str | None = None) -> tuple[int | None, Size | None]:
     """Return (channels, (height, width)) of the images that ``model`` takes; ``None`` for what its file leaves open.
+
+    Args:
+        model: a network with one input.
+        layout: as in :func:`recipe_for`.
 
     They are the ``channels`` and the ``size`` to give to :func:`open_samples`.
 
@@ -201,7 +213,7 @@ def image_input(model: onnx.ModelProto) -> tuple[int | None, Size | None]:
     dims, carried = _input_dims(model), preprocessing.read(model)
     if dims is None or len(dims) != 4:
         return None, None
-    if _layout(dims, carried) == "NHWC":
+    if _layout(dims, carried, layout) == "NHWC":
         _, height, width, channels = dims
     else:
         _, channels, height, width = dims
@@ -222,8 +234,10 @@ def _input_dims(model: onnx.ModelProto) -> Dims | None:
     return tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
 
 
-def _layout(dims: Dims | None, carried: Preprocessing | None) -> str:
-    """Return the recipe's layout; without one, NHWC where only the last axis can be the channels."""
+def _layout(dims: Dims | None, carried: Preprocessing | None, given: str | None) -> str:
+    """Return the given or the recipe's layout; without one, NHWC where only the last axis can be the channels."""
+    if given is not None:
+        return given
     if carried is not None:
         return carried.layout
     return "NHWC" if dims and len(dims) == 4 and dims[1] not in CHANNELS and dims[3] in CHANNELS else "NCHW"

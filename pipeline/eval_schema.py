@@ -13,6 +13,8 @@ from .results import Model, StageResult
 
 EXIT_CODES: dict[Verdict, int] = {"passed": 0, "failed": 3, "inconclusive": 4}
 
+Side = Annotated[int, Field(ge=1)]
+
 
 class EvalConfig(BaseModel):
     """Options of ``prune-onnx eval``; field names are the flags' names with underscores.
@@ -26,6 +28,8 @@ class EvalConfig(BaseModel):
         download: whether missing files of a data set may be fetched.
         mean: per channel, of pixel / 255; default: the model's metadata, else the data set's own.
         std: per channel, of pixel / 255.
+        size: height and width that pictures are scaled to, for models that take any size.
+        layout: of the model's input; default: the model's metadata, else what its shape says.
         limit: how many samples are used at most.
         provider: what must run the model.
         batch_size: batch sizes that are timed; the first one counts for gates and tables.
@@ -58,6 +62,8 @@ class EvalConfig(BaseModel):
     download: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    size: tuple[Side, Side] | None = None
+    layout: Literal["NCHW", "NHWC"] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     batch_size: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1,)

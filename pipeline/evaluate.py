@@ -194,7 +194,7 @@ def _inputs(
     if len(specs) != 1:
         names = ", ".join(spec.name for spec in specs)
         raise ConfigError(f"data can be fed to models with one input only; this one has {len(specs)}: {names}.")
-    channels, size = image_input(protos[0])
+    channels, size = image_input(protos[0], config.layout)
     samples = open_samples(
         dataset=config.dataset,
         data=config.data,
@@ -203,13 +203,13 @@ def _inputs(
         split="test",
         limit=config.limit,
         seed=config.seed,
-        size=size,
+        size=config.size or size,
         channels=channels,
         progress=progress,
     )
     # Some tools drop a model's metadata; its baseline still says how both want their input.
     carrier = next((proto for proto in protos if preprocessing.read(proto) is not None), protos[0])
-    recipe = recipe_for(carrier, samples, config.mean, config.std)
+    recipe = recipe_for(carrier, samples, config.mean, config.std, config.layout)
     for other in protos:
         if config.mean is None and preprocessing.read(other) not in (None, recipe):
             progress.warn(

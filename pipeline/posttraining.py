@@ -15,22 +15,27 @@ import onnx
 from prune_onnx.graph_ops.allocate import Curve, FractionalCost, allocate, uniform
 from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.cost import CostModel
-from prune_onnx.graph_ops.errors import ConfigError, DataError
+from prune_onnx.graph_ops.criteria import LABELS
 from prune_onnx.graph_ops.exact import Edits
-from prune_onnx.graph_ops.graph import Graph
-from prune_onnx.graph_ops.importance import importance
+from prune_onnx.graph_ops.importance import CRITERIA, importance
 from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.plan import Budget, Planner, alignment_step
 from prune_onnx.graph_ops.progress import Progress
 
-from .data import open_samples, recipe_for
-from .probing import Feeds
+from .calibration import Calibration, size_of
+from .compensate import correct_means, match_statistics
+from .masking import MaskedLoss
+from .probing import Feeds, batch_of
 from .reconstruct import Reconstruction, divergence
 from .runner import Runner
 from .slim_schema import SlimConfig
+from .taps import Taps
 
 OBS = "obs"
-BATCH = 128
+LEAST_SQUARES = "least-squares"
+CORRECTIONS = {"bias": correct_means, "bn": match_statistics}
+BEYOND = 0.8
+"""How much smaller than the budget a keep-set is made by a criterion that removes: alignment moves the counts."""
 HELD_OUT = 0.1
 
 
@@ -51,73 +56,104 @@ class Calibrated:
     notes: list[str] = field(default_factory=list)
 
 
-def calibration_inputs(config: SlimConfig, model: onnx.ModelProto, graph: Graph, progress: Progress) -> list[Feeds]:
-    """Open the calibration data and make network inputs of it, in batches.
-
-    Raises:
-        ConfigError: the model has several inputs.
-        DataError: the data cannot be read or does not fit the model.
-    """
-    if len(graph.inputs) != 1:
-        raise ConfigError(f"--calibration needs a model with one input; this one has {len(graph.inputs)}.")
-    samples = open_samples(
-        data=config.calibration, data_dir=config.data_dir, download=config.download, split="train",
-        limit=config.calibration_size, seed=config.seed, progress=progress,
-    )  # fmt: skip
-    recipe = recipe_for(model, samples, config.mean, config.std)
-    size = graph.inputs[0].type.tensor_type.shape.dim[0]
-    fixed = size.dim_value if size.HasField("dim_value") else 0
-    name = graph.inputs[0].name
-    chunks = [{name: np.ascontiguousarray(x)} for x, _ in samples.batches(recipe, fixed or BATCH)]
-    if fixed:
-        chunks = [chunk for chunk in chunks if len(chunk[name]) == fixed]
-    if not chunks:
-        raise DataError(f"--calibration {config.calibration}: not one batch of {fixed} samples.")
-    return chunks
-
-
-def prune(
-    config: SlimConfig, analysis: Analysis, chunks: list[Feeds], fraction: float, progress: Progress
-) -> Calibrated:
-    """Choose the units that stay and refit the layers that read them.
+def prune(config: SlimConfig, analysis: Analysis, data: Calibration, fraction: float, progress: Progress) -> Calibrated:
+    """Choose the units that stay and make up for the others.
 
     Args:
         config: budget, criterion and options.
         analysis: of a graph whose BatchNorms are folded and whose dead channels are gone.
-        chunks: calibration inputs.
+        data: calibration inputs.
         fraction: of this graph's cost that may stay.
         progress: told how far it is.
 
     Raises:
+        ConfigError: the criterion needs labels, and there are none.
         PlanError: the budget cannot be reached.
     """
-    held = max(1, round(HELD_OUT * len(chunks))) if len(chunks) > 1 else 0
-    fit, check = (chunks[:-held], chunks[-held:]) if held else (chunks, chunks)
+    fit, check = held_out(data.chunks, whole=batch_of(analysis.graph) > 0)
     criterion = config.criterion or OBS
+    compensate = config.compensate or LEAST_SQUARES
     if fraction >= 1:  # what was dead is all that had to go
         return Calibrated(np.ones(analysis.units, bool), Edits(), criterion)
     if criterion == OBS:
         work = Reconstruction(analysis, fit, seed=config.seed, progress=progress)
         found = work.statistics()
         counts = _counts(config, analysis, found.curves, fraction)
-        if config.compensate == "none":
+        if compensate != LEAST_SQUARES:
             for g, count in counts.items():
                 units = analysis.groups[g].units
                 work.keep[units[found.paths[g].order[: len(units) - count]]] = False
         else:
             work.run(counts, found.paths)
     else:
-        name = config.budget[0]
-        scores = importance(analysis, criterion, scope=config.scope, seed=config.seed)
-        budget = Budget(name, fraction, config.scope, config.align, config.min_keep)
-        keep = Planner(analysis, scores, np.ones(analysis.units, bool), budget).solve()
+        keep = _ranked(config, analysis, data.only(fit), fraction, progress)
         work = Reconstruction(analysis, fit, keep=keep, seed=config.seed, progress=progress)
-        if config.compensate != "none":
+        if compensate == LEAST_SQUARES:
             work.run({}, {})
-    result = Calibrated(work.keep, Edits(operands=dict(work.weights)), criterion)
-    if work.weights:
+    edits = Edits(operands=dict(work.weights))
+    if compensate in CORRECTIONS and not work.keep.all():
+        edits = CORRECTIONS[compensate](analysis, work.keep, fit, progress)
+    result = Calibrated(work.keep, edits, criterion)
+    if compensate == LEAST_SQUARES:
+        _warn_of_few(work, len(data), progress)
+    if edits.operands or edits.shifts:
         _guard(result, analysis, check)
     return result
+
+
+def held_out(chunks: list[Feeds], *, whole: bool) -> tuple[list[Feeds], list[Feeds]]:
+    """Split inputs into those that are fitted and the last tenth, which is held out.
+
+    Args:
+        chunks: batches.
+        whole: whether a batch may not be split; one batch alone then serves for both.
+    """
+    left = max(1, round(HELD_OUT * sum(size_of(chunk) for chunk in chunks)))
+    fit, check = list(chunks), []
+    while left > 0 and fit:
+        last = fit.pop()
+        size = size_of(last)
+        if size > left and not whole:
+            fit.append({name: value[:-left] for name, value in last.items()})
+            last = {name: value[-left:] for name, value in last.items()}
+        check.insert(0, last)
+        left -= size_of(last)
+    return (fit, check) if fit else (chunks, chunks)
+
+
+def _ranked(
+    config: SlimConfig, analysis: Analysis, data: Calibration, fraction: float, progress: Progress
+) -> np.ndarray:
+    """Units that stay by a criterion that gives scores."""
+    taps = Taps(analysis.graph, analysis.probe, data.chunks, progress=progress)
+    loss = None
+    if data.labels is not None and CRITERIA.get(config.criterion).needs == LABELS:
+        loss = MaskedLoss(analysis, data.chunks, data.labels)
+    cost = getattr(CostModel(analysis), config.budget[0].removeprefix("keep_"), None)
+    target = BEYOND * fraction * cost(np.ones(analysis.units, bool)) if cost else 0.0
+    scores = importance(
+        analysis, config.criterion, scope=config.scope, seed=config.seed, taps=taps, loss=loss,
+        enough=(lambda keep: cost(keep) <= target) if cost else None, progress=progress,
+    )  # fmt: skip
+    budget = Budget(config.budget[0], fraction, config.scope, config.align, config.min_keep)
+    return Planner(analysis, scores, np.ones(analysis.units, bool), budget).solve()
+
+
+def _warn_of_few(work: Reconstruction, samples: int, progress: Progress) -> None:
+    """Say where least squares has fewer equations than unknowns."""
+    shapes = work.analysis.probe.shapes
+    short = {}
+    for site in work.sites:
+        if site.contraction is not None and not work.keep[site.contraction.labels].all():
+            positions = int(np.prod(shapes[site.y][2:])) if site.layer.is_conv else 1
+            if samples * positions < site.layer.width:
+                short[site.node.name] = samples * positions, site.layer.width
+    if short:
+        name, (rows, columns) = max(short.items(), key=lambda item: item[1][1] / item[1][0])
+        progress.warn(
+            f"{len(short)} layers have fewer calibration values than inputs, such as {name!r} ({rows} for {columns}): "
+            "what the data does not tell stays as it was trained. Raise --calibration-size."
+        )
 
 
 def _counts(config: SlimConfig, analysis: Analysis, curves: dict[int, Curve], fraction: float) -> dict[int, int]:

@@ -88,6 +88,12 @@ def is_dynamic(graph: Graph) -> bool:
     )
 
 
+def batch_of(graph: Graph) -> int:
+    """The batch size that the file fixes, 0 where it leaves it open."""
+    dims = graph.inputs[0].type.tensor_type.shape.dim
+    return dims[0].dim_value if len(dims) and dims[0].HasField("dim_value") and dims[0].dim_value > 0 else 0
+
+
 def has_dynamic_side(graph: Graph) -> bool:
     """Whether an input has an open size other than its first axis."""
     return any(
@@ -168,8 +174,8 @@ class Prober:
     """One graph in a session that tells shapes, static values and one line along every axis.
 
     Nodes are added to the graph for that: ``Shape`` of every tensor whose shape is not known beforehand, and a
-    ``GatherND`` that picks the lines. A tensor is exposed as a whole only when it is a static operand, or when its shape
-    is not known.
+    ``GatherND`` that picks the lines. A tensor is exposed as a whole only when it is a static operand, or when its
+    shape is not known.
     """
 
     def __init__(self, graph: Graph, known: dict[str, Shape | None], *, lines: bool = True, add: bool = True) -> None:

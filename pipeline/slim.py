@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from prune_onnx.graph_ops import cost, model_io
+from prune_onnx.graph_ops import cost, model_io, preprocessing
 from prune_onnx.graph_ops import plan as planning
 from prune_onnx.graph_ops.analysis import Analysis, analyse
 from prune_onnx.graph_ops.branches import fold_constant_branches
@@ -24,14 +24,17 @@ from prune_onnx.graph_ops.exact import Edits, carry, removable
 from prune_onnx.graph_ops.files import check_output, write_text
 from prune_onnx.graph_ops.fold import fold_batch_norm
 from prune_onnx.graph_ops.graph import Graph, unmap
-from prune_onnx.graph_ops.importance import CRITERIA, importance
+from prune_onnx.graph_ops.importance import CRITERIA, check_needs, importance
 from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.memory import keep_small
 from prune_onnx.graph_ops.probe import Probe
 from prune_onnx.graph_ops.progress import SILENT, Progress
+from prune_onnx.graph_ops.unshare import own_operands
 
 from . import posttraining
+from .calibration import Calibration, open_calibration
 from .environment import capture
+from .precision import convert
 from .probing import Feeds, probe, random_feeds, shapes_at
 from .slim_schema import Cost, Group, Removed, SlimConfig, SlimResult, Verification
 from .verify import verify
@@ -41,12 +44,16 @@ DEFAULT_CRITERION = "l2"
 
 @dataclass(frozen=True)
 class _Decision:
-    """Which units stay, why, and what becomes of the constants of those that go."""
+    """Which units stay, why, and what becomes of the constants of those that go.
+
+    ``planned`` is false where the calibration data has yet to decide.
+    """
 
     keep: np.ndarray
     edits: Edits
     exact: bool
     criterion: str | None
+    planned: bool = True
 
 
 class _Clock:
@@ -92,7 +99,7 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     keep_small()
     _check_paths(config)
     if config.criterion is not None:
-        CRITERIA.get(config.criterion)
+        check_needs(CRITERIA.get(config.criterion), calibration=config.calibration is not None, labels=True)
     original = model_io.load(config.input)
     graph = Graph(original)
     clock.lap("load")
@@ -103,6 +110,9 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     )
     every = [feeds, random_feeds(graph, {name: value.shape for name, value in feeds.items()}, config.seed + 1)]
     every += [other_feeds] if other_feeds is not None else []
+    data = open_calibration(config, original, graph, found, progress) if config.calibration is not None else None
+    if config.criterion is not None and data is not None:
+        check_needs(CRITERIA.get(config.criterion), calibration=True, labels=data.labels is not None)
     unmap()
     clock.lap("probe")
     analysis, known, simpler = _understand(config, graph, found)
@@ -113,15 +123,18 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     clock.lap("plan")
     notes: list[str] = []
     whole = analysis
-    if config.calibration is not None:
-        analysis, decision = _calibrated(config, original, analysis, decision, every, notes, progress)
+    if data is not None and not decision.planned:
+        analysis, decision = _calibrated(config, original, analysis, decision, data, every, notes, progress)
         clock.lap("calibrate")
     computed = cost.CostModel(analysis).computed() if config.keep_params is not None else ()
     result = cut(analysis, decision.keep, decision.edits, computed=computed)
-    if config.fold_bn and config.calibration is None:
+    if config.fold_bn:
         result, folded = fold_batch_norm(result)
-        notes.append(f"folded {folded} BatchNormalization nodes")
+        if folded:
+            notes.append(f"folded {folded} BatchNormalization nodes")
     _stamp(result, config)
+    if data is not None and data.recipe is not None and preprocessing.read(original) is None:
+        preprocessing.write(result, data.recipe)
     unmap()
     clock.lap("cut")
     model_io.check(result, original)
@@ -136,6 +149,12 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
         bytes=model_io.total_bytes(result),
     )
     clock.lap("verify")
+    precision = None
+    if config.fp16 or config.int8:
+        kind = "float16" if config.fp16 else "int8"
+        result, precision = convert(result, kind, data.chunks if data is not None else every, progress)
+        after.bytes = model_io.total_bytes(result)
+        clock.lap("convert")
     external = bool(model_io.data_files(config.input))
     if not config.dry_run and config.output is not None:
         model_io.save(result, config.output, external=external)
@@ -144,6 +163,7 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
         write_text(config.plan, planning.to_json(analysis, decision.keep, _plan_facts(config, decision)) + "\n")
     clock.lap("write")
     report = _report(config, whole, analysis, decision, before, after, verification, notes, clock)
+    report.precision = precision
     if config.report is not None:
         report.write(config.report)
     return report
@@ -187,8 +207,8 @@ def _decide(config: SlimConfig, analysis: Analysis, known: Constants) -> _Decisi
     """Choose the units that stay: a replayed plan, exact removal, or exact removal and then a budget."""
     base = ~removable(analysis, known)
     name, fraction = config.budget
-    if config.calibration is not None:
-        return _Decision(base, carry(analysis, known, base), True, None)
+    if config.calibration is not None and fraction is not None:
+        return _Decision(base, carry(analysis, known, base), True, None, planned=False)
     if config.plan is not None and not config.dry_run:
         try:
             text = config.plan.read_text()
@@ -216,6 +236,7 @@ def _calibrated(
     original: onnx.ModelProto,
     analysis: Analysis,
     exact: _Decision,
+    data: Calibration,
     feeds: list[Feeds],
     notes: list[str],
     progress: Progress,
@@ -225,18 +246,23 @@ def _calibrated(
     Returns:
         The analysis of the folded graph, and what was decided for it.
     """
-    dense, folded = fold_batch_norm(cut(analysis, exact.keep, exact.edits))
-    verify(original, dense, feeds, "original")
+    dense, folded = cut(analysis, exact.keep, exact.edits), 0
+    if config.compensate != "bn":  # which estimates the statistics of the BatchNorms again
+        dense, folded = fold_batch_norm(dense)
     graph = Graph(dense)
     found = probe(graph, config.input_shape, config.seed)[0]
+    if config.compensate in (None, "least-squares"):
+        graph = Graph(own_operands(dense, found.shapes))
+        found = probe(graph, config.input_shape, config.seed)[0]
+    verify(original, graph.model, feeds, "original")
     inner = analyse(graph, found, release_norms=config.norms == "release", ignore=config.ignore)
     name, fraction = config.budget
     assert fraction is not None
     kind = name.removeprefix("keep_")
     costs = [getattr(cost.CostModel(a), kind)(np.ones(a.units, bool)) for a in (analysis, inner)]
-    chunks = posttraining.calibration_inputs(config, original, graph, progress)
-    done = posttraining.prune(config, inner, chunks, fraction * costs[0] / costs[1], progress)
-    notes += [f"folded {folded} BatchNormalization nodes", *done.notes]
+    done = posttraining.prune(config, inner, data, fraction * costs[0] / costs[1], progress)
+    notes += [f"folded {folded} BatchNormalization nodes"] if folded else []
+    notes += done.notes
     return inner, _Decision(done.keep, done.edits, False, done.criterion)
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .results import Model, StageResult
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Side = Annotated[int, Field(ge=1)]
 BUDGETS = ("exact", "keep_channels", "keep_macs", "keep_params")
 
 
@@ -28,11 +29,17 @@ class SlimConfig(BaseModel):
         calibration: unlabelled inputs: the name of a data set, an .npz or .npy file, or a folder of images. With them a
             budget keeps most of the accuracy: channels are chosen by what their readers lose, and these are refitted.
         calibration_size: how many inputs are used.
-        compensate: ``least-squares`` refits the layers that read removed channels (with calibration), ``none`` not.
+        compensate: what makes up for the removed channels, with calibration: ``least-squares`` refits the layers that
+            read them, ``bias`` keeps every layer's mean output, ``bn`` estimates the BatchNorm statistics again (or
+            what takes their place after folding); ``none`` leaves the weights. ``None`` means least-squares.
         data_dir: folder of the data files.
         download: fetch missing data files.
         mean: per channel, of pixel/255; ``None`` means the model's recipe, else the data set's own.
         std: likewise.
+        size: height and width that calibration pictures are scaled to, for models that take any size.
+        layout: of the model's input; ``None`` means the model's recipe, else what its shape says.
+        fp16: write the weights and compute the activations as 16-bit floats; inputs and outputs stay as they are.
+        int8: write the result quantised to 8 bits (QDQ), with the calibration data.
         align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, 1 is off.
             Exact removal takes every dead channel under ``auto``; with a number, some stay to fill up the steps.
         min_keep: fraction of its channels that every group keeps at least.
@@ -60,11 +67,15 @@ class SlimConfig(BaseModel):
     criterion: str | None = None
     calibration: str | None = None
     calibration_size: Annotated[int, Field(ge=2)] = 512
-    compensate: Literal["none", "least-squares"] | None = None
+    compensate: Literal["none", "bias", "bn", "least-squares"] | None = None
     data_dir: Path | None = None
     download: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    size: tuple[Side, Side] | None = None
+    layout: Literal["NCHW", "NHWC"] | None = None
+    fp16: bool = False
+    int8: bool = False
     align: int | Literal["auto"] = "auto"
     min_keep: Annotated[float, Field(ge=0, le=1)] = 0.1
     norms: Literal["pin", "release"] = "pin"
@@ -87,10 +98,14 @@ class SlimConfig(BaseModel):
             raise ValueError(f"plan replays a saved plan, so {given[0]} cannot be given with it")
         if self.output is None and not self.dry_run:
             raise ValueError("output is missing (only a dry run writes no file)")
-        if self.calibration is None and (self.compensate == "least-squares" or self.criterion == "obs"):
-            raise ValueError("least-squares compensation and the criterion obs need calibration data")
-        if self.calibration is not None and self.budget[1] is None:
-            raise ValueError("calibration is for a budget; exact removal needs none")
+        if self.calibration is None and (self.compensate not in (None, "none") or self.criterion == "obs"):
+            raise ValueError(f"{self.compensate or 'the criterion obs'} needs calibration data")
+        if self.fp16 and self.int8:
+            raise ValueError("fp16 and int8 exclude each other")
+        if self.int8 and self.calibration is None:
+            raise ValueError("int8 needs calibration data, for the ranges of the activations")
+        if self.calibration is not None and self.budget[1] is None and not self.int8:
+            raise ValueError("calibration is for a budget or for int8; exact removal needs none")
         if self.calibration is not None and self.plan is not None:
             raise ValueError("plan and calibration cannot be combined: a plan holds no refitted weights")
         if isinstance(self.align, int) and self.align < 1:
@@ -157,6 +172,22 @@ class Verification(Model):
     passed: bool
 
 
+class Precision(Model):
+    """The result in another number format, beside the same result in float32.
+
+    Attributes:
+        type: ``float16`` or ``int8``.
+        samples: inputs that both ran on: the calibration data, or random ones where there is none.
+        max_abs_diff: largest absolute difference over all outputs.
+        agreement: share of the samples for which both give the same class; ``None`` where the output holds no classes.
+    """
+
+    type: Literal["float16", "int8"]
+    samples: int
+    max_abs_diff: float
+    agreement: float | None
+
+
 class SlimResult(StageResult):
     """Result of ``slim``.
 
@@ -164,7 +195,9 @@ class SlimResult(StageResult):
         after: of the result; ``bytes`` of a dry run is what the file would have.
         constants: removed positions whose constant was dropped (zero or unread), absorbed into a bias, or merged.
         timings: seconds of each step.
-        verification: of the result; also made in a dry run.
+        verification: of the result; also made in a dry run. Of a result in another number format, before it was
+            converted.
+        precision: of a result in another number format.
     """
 
     command: str = "slim"
@@ -180,4 +213,5 @@ class SlimResult(StageResult):
     groups: list[Group]
     timings: dict[str, float]
     verification: Verification | None
+    precision: Precision | None = None
     notes: list[str]

@@ -7,13 +7,13 @@ layers are changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from prune_onnx.graph_ops.graph import Graph, raw_bytes
+from prune_onnx.graph_ops.graph import Graph, Node, raw_bytes
 from prune_onnx.graph_ops.model_io import copy_fields
 from prune_onnx.graph_ops.probe import Probe
 
@@ -52,11 +52,7 @@ class Stream:
 
     def advance(self, until: int, want: Sequence[str] = ()) -> None:
         """Run the nodes before ``until``; keep what later nodes read, the tensors ``want``, and the graph's outputs."""
-        nodes = [
-            n
-            for n in self.graph.nodes[self.position : until]
-            if any(out in self.graph.dynamic or out in self.probe.varying for out in n.outputs)
-        ]
+        nodes = self._moving(self.position, until)
         needed = set(want) | set(self.graph.outputs)
         made = {out for n in nodes for out in n.outputs if out}
         fetch = [name for name in made if name in needed or self._last_use.get(name, -1) >= until]
@@ -70,6 +66,34 @@ class Stream:
         for chunk in self.chunks:
             for name in [n for n in chunk if self._last_use.get(n, -1) < until and n not in needed]:
                 del chunk[name]
+
+    def rest(self) -> Callable[[Mapping[str, np.ndarray]], Iterator[list[np.ndarray]]]:
+        """Open one session for all nodes that are left.
+
+        Returns:
+            A function that takes tensors to be used in place of the cached ones, and yields the graph's outputs for
+            every chunk.
+        """
+        nodes = self._moving(self.position, len(self.graph.nodes))
+        fetch = [name for name in self.graph.outputs if any(name in node.outputs for node in nodes)]
+        session = create_session(self._segment(nodes, fetch), "cpu") if fetch else None
+        inputs = [i.name for i in session.get_inputs()] if session else []
+
+        def run(other: Mapping[str, np.ndarray]) -> Iterator[list[np.ndarray]]:
+            for chunk in self.chunks:
+                found = session.run(fetch, {n: other[n] if n in other else chunk[n] for n in inputs}) if session else []
+                new = dict(zip(fetch, found, strict=True))
+                yield [new[name] if name in new else chunk[name] for name in self.graph.outputs]
+
+        return run
+
+    def _moving(self, start: int, until: int) -> list[Node]:
+        """Nodes of a stretch whose outputs depend on the inputs or on their sizes."""
+        return [
+            n
+            for n in self.graph.nodes[start:until]
+            if any(out in self.graph.dynamic or out in self.probe.varying for out in n.outputs)
+        ]
 
     def _segment(self, nodes: list, fetch: list[str]) -> onnx.ModelProto:
         """A model of a few nodes: cached tensors are inputs, static ones initializers."""

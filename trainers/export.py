@@ -21,7 +21,7 @@ import onnx
 import torch
 from torch import nn
 
-from prune_onnx.graph_ops import preprocessing
+from prune_onnx.graph_ops import gammas, preprocessing
 from prune_onnx.graph_ops.errors import ModelError
 from prune_onnx.graph_ops.files import write_bytes
 from prune_onnx.graph_ops.preprocessing import Preprocessing
@@ -89,6 +89,7 @@ def export_onnx(
     _name_nodes_by_weights(proto.graph)
     proto.producer_name, proto.producer_version = "prune-onnx", metadata.get("version", "")
     preprocessing.write(proto, recipe)
+    gammas.keep_present(proto)
     for key, value in metadata.items():
         proto.metadata_props.add(key=f"prune_onnx.{key}", value=value)
     onnx.checker.check_model(proto, full_check=True)

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from prune_onnx.graph_ops import model_io
+from prune_onnx.graph_ops import gammas, model_io
 from prune_onnx.graph_ops.errors import ModelError
 from prune_onnx.graph_ops.fold import fold_batch_norm
 
@@ -152,6 +152,8 @@ def test_what_the_model_carries_is_kept() -> None:
     model = net.model(net.head(net.bn(net.conv(y, 6))))
     decorate(model)
     folded = check_fold(model, 2)
+    assert set(gammas.read(folded)) == {n.output[0] for n in model.graph.node if n.op_type == "BatchNormalization"}
+    gammas.write(folded, {})
     assert_carried(folded, model)
     for node in folded.graph.node:
         old = next(n for n in model.graph.node if n.name == node.name)

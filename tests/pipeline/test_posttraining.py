@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import pytest
@@ -11,7 +13,7 @@ from prune_onnx.graph_ops.analysis import analyse
 from prune_onnx.graph_ops.exact import Edits
 from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.graph_ops.masked import masked_reference
-from prune_onnx.pipeline.posttraining import _outputs
+from prune_onnx.pipeline.posttraining import _outputs, held_out
 from prune_onnx.pipeline.probing import probe
 from prune_onnx.pipeline.reconstruct import Reconstruction, divergence
 from prune_onnx.pipeline.runner import Runner
@@ -173,6 +175,36 @@ def test_calibration_beats_the_same_budget_without_it(tmp_path):
     assert divergence(dense, fitted) < 0.5 * divergence(dense, plain)
 
 
+def twins() -> onnx.ModelProto:
+    """Every channel twice, in layers that share weight and bias or have none: half of them can go without a loss.
+
+    The twin of the first layer is three times as strong, those of the shared layers a third: what one of the two layers
+    needs is wrong for the other.
+    """
+    net = Net()
+
+    def twice(*dims: int, ratio: float = 1 / 3) -> np.ndarray:
+        values = np.repeat(net.random(*dims, scale=0.4), 2, axis=0)
+        values[1::2] *= ratio
+        return values
+
+    x = net.relu(net.conv(net.input("n", 3, 8, 8), 8, weight=twice(4, 3, 3, 3, ratio=3), bias=False))
+    weight, bias = net.const(twice(4, 8, 3, 3)), net.const(twice(4))
+    for _ in range(2):
+        x = net.relu(net.op("Conv", x, weight, bias))
+    x = net.op("Flatten", net.op("GlobalAveragePool", x))
+    x = net.relu(net.op("Add", net.op("MatMul", x, twice(4, 8).T.copy()), bias))
+    return net.model(net.matmul(x, 5))
+
+
+def test_shared_and_missing_constants_are_refitted_layer_by_layer(tmp_path):
+    model = twins()
+    calibrated(tmp_path, model, keep_macs=None, keep_channels=0.5, scope="layer")
+    fresh = [{"x": images(64, seed=5)}]
+    dense, small = (_outputs(onnx.load(tmp_path / f"{n}.onnx"), fresh) for n in ("in", "out"))
+    assert np.abs(dense - small).max() < 0.02 * np.abs(dense).max()
+
+
 def test_report_counts_against_the_original_graph(tmp_path):
     result = calibrated(tmp_path, residual_net(bn=True))
     assert result.before.params > result.after.params
@@ -197,3 +229,18 @@ def test_divergence_of_equal_outputs_is_zero():
     z = np.random.default_rng(0).standard_normal((5, 4))
     assert divergence(z, z) == 0
     assert divergence(z, z[:, ::-1]) > 0
+
+
+@pytest.mark.parametrize(("sizes", "whole"), [([64], False), ([128] * 4, False), ([4] * 10, True), ([128, 3], False)])
+def test_a_tenth_is_held_out(sizes, whole):
+    ends = np.cumsum([0, *sizes])
+    x = np.arange(ends[-1])
+    chunks = [{"x": x[a:b]} for a, b in pairwise(ends)]
+    fit, check = held_out(chunks, whole=whole)
+    np.testing.assert_array_equal(np.concatenate([c["x"] for c in fit + check]), x)
+    assert sum(len(c["x"]) for c in check) == max(1, round(0.1 * len(x)))
+
+
+def test_a_single_batch_of_fixed_size_serves_for_both():
+    chunks = [{"x": np.zeros(4)}]
+    assert held_out(chunks, whole=True) == (chunks, chunks)

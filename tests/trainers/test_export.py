@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prune_onnx.graph_ops import preprocessing
+from prune_onnx.graph_ops import gammas, preprocessing
 from prune_onnx.graph_ops.errors import ModelError, OutputError
 from prune_onnx.graph_ops.preprocessing import Preprocessing
 from prune_onnx.trainers.config import Schedule
@@ -135,10 +135,14 @@ def test_interface_is_fixed_and_the_batch_is_free(mixed: tuple[nn.Module, onnx.M
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 18)]
 
 
-def test_metadata_tells_the_recipe_and_the_provenance_only(mixed: tuple[nn.Module, onnx.ModelProto]) -> None:
-    _, proto = mixed
+def test_metadata_tells_recipe_scales_and_provenance_only(mixed: tuple[nn.Module, onnx.ModelProto]) -> None:
+    model, proto = mixed
     assert preprocessing.read(proto) == RECIPE
-    assert {prop.key: prop.value for prop in proto.metadata_props if prop.key != preprocessing.KEY} == {
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    scales = [m.weight.detach().numpy().tobytes() for m in norms]
+    assert sorted(scale.tobytes() for scale in gammas.read(proto).values()) == sorted(scales)
+    own = (preprocessing.KEY, gammas.KEY)
+    assert {prop.key: prop.value for prop in proto.metadata_props if prop.key not in own} == {
         "prune_onnx.model": "mixed",
         "prune_onnx.seed": "3",
         "prune_onnx.version": "1.2.3",
