@@ -30,8 +30,8 @@ class StageCommand(click.Command):
         schema: the stage's configuration; its fields become flags.
         work: calls the stage function with the configuration, progress, and the values of ``extra`` by name.
         show: prints the result as tables.
-        arguments: keys that may be given by position, with how they are shown: ``{"input": "IN.onnx"}``. The key
-            ``config`` is the configuration file itself.
+        arguments: keys that may be given by position, with how they are shown: ``{"input": "IN.onnx"}``; one that is
+            shown with ``...`` takes all that are left. The key ``config`` is the configuration file itself.
         sections: headings of the help page to keys, see :func:`~.options.schema_flags`.
         epilog: the end of the help page: examples.
         metavars: how values of some keys are shown.
@@ -64,7 +64,10 @@ class StageCommand(click.Command):
         self.config_of = config_of
         # A key of a section is a flag even where it can be given by position.
         flags = schema_flags(schema, sections, metavars or {}, (*_COMMON_KEYS, *arguments, *hidden_keys))
-        positions = [click.Argument([_position(key)], required=False, metavar=m) for key, m in arguments.items()]
+        positions = [
+            click.Argument([_position(key)], required=False, metavar=m, nargs=-1 if "..." in m else 1)
+            for key, m in arguments.items()
+        ]
         lists = [_common(listing.flag, is_flag=True, help=listing.help) for listing in listings]
         super().__init__(
             name,
@@ -118,7 +121,7 @@ class StageCommand(click.Command):
         config = params.get("config")
         for key, metavar in self.arguments.items():
             value = params[_position(key)]
-            if value is None:
+            if value is None or value == ():
                 continue
             if key in given or (key == "config" and config):
                 raise click.UsageError(f"{metavar} and {flag_name(key)} say the same; give one.")

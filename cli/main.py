@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from prune_onnx.graph_ops.errors import PruneOnnxError
+from prune_onnx.graph_ops.errors import PruneOnnxError, Terminated
 from prune_onnx.graph_ops.registry import close_matches
 
 COMMANDS = {
@@ -29,10 +29,6 @@ ARGV = "prune_onnx.argv"
 
 DEBUG = "prune_onnx.debug"
 """Key of the click context's ``meta`` that ``--debug`` sets."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what was begun is put away as after Ctrl-C, then the program ends."""
 
 
 class Stop(click.ClickException):
@@ -77,19 +73,28 @@ class Program(click.Group):
         ctx.meta[ARGV] = list(args)
         return super().parse_args(ctx, args)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Read the command line; an interrupt this early is one too."""
+        try:
+            return super().make_context(*args, **extra)
+        except KeyboardInterrupt as error:
+            raise explain(error) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; every error leaves as a message and an exit code."""
-        with _terminated_by_signal(), warnings.catch_warnings():
+        with _ended_by_signals() as stopped, warnings.catch_warnings():
             # Libraries warn about their own insides; what users need to know, our stages say themselves.
             warnings.simplefilter("ignore")
             try:
                 return super().invoke(ctx)
             except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, SystemExit):
+                if stopped:
+                    raise explain(stopped[0]) from None
                 raise
             except BaseException as error:
                 if ctx.meta.get(DEBUG):
                     click.echo(traceback.format_exc().rstrip(), err=True)
-                raise explain(error) from None
+                raise explain(stopped[0] if stopped else error) from None
 
 
 def explain(error: BaseException) -> Stop:
@@ -115,17 +120,24 @@ def explain(error: BaseException) -> Stop:
 
 
 @contextmanager
-def _terminated_by_signal() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, while the block runs."""
+def _ended_by_signals() -> Iterator[list[KeyboardInterrupt]]:
+    """Let SIGINT and SIGTERM end the block; the yielded list gets the reason.
+
+    What they raise may come out as something else, or not at all: libraries that are being imported, or cleared away,
+    turn it into errors of their own. The list knows.
+    """
+    stopped: list[KeyboardInterrupt] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        stopped.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise stopped[-1]
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stopped
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -148,7 +160,7 @@ Examples:
 
 \b
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 a gate failed, 4 the measurement is inconclusive,
-            130 interrupted.
+            130 interrupted, 143 terminated.
 """
 
 VERSION = click.Option(

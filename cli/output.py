@@ -24,7 +24,7 @@ from prune_onnx.pipeline.formats import growth, in_unit, milliseconds, number, p
 from prune_onnx.pipeline.results import StageResult
 
 if TYPE_CHECKING:
-    from prune_onnx.pipeline.eval_schema import EvalResult, Timing
+    from prune_onnx.pipeline.eval_schema import EvalResult, GateResult, Timing
     from prune_onnx.pipeline.run import RunResult
     from prune_onnx.pipeline.slim_schema import Group, SlimResult
     from prune_onnx.pipeline.train import TrainResult
@@ -191,8 +191,11 @@ def show_train(console: Console, result: TrainResult) -> None:
 
 def show_eval(console: Console, result: EvalResult) -> None:
     """Print the result of ``eval``: what changed (the report's own rows), batch sizes, gates, hints."""
-    from prune_onnx.pipeline.report import change_rows
+    from prune_onnx.pipeline.rows import change_rows
 
+    if result.candidates:
+        _show_models(console, result)
+        return
     table = _table("", *([">baseline", ">model", ">change"] if result.baseline else [">model"]), "95 % interval")
     for row in change_rows(result):
         figures = [row.before, row.after, Text(row.change, STYLES.get(row.tone, ""))]
@@ -204,14 +207,67 @@ def show_eval(console: Console, result: EvalResult) -> None:
     runs = f"{latency.runs:,} runs{' each, in turns' if result.baseline else ''}, CV {percent(latency.cv)}"
     threads = f", {result.threads} threads" if result.threads else ""
     console.say(f"{result.provider}{threads}, batch {result.timings[0].batch_size}, {runs}; {result.data}.")
+    if result.compared_with:
+        console.say(f"The baseline is the result in {result.compared_with.file} ({result.compared_with.date}).")
     _show_batches(console, result.timings)
-    if result.gates:
-        table = _table("gate", ">limit", ">value", ">95 % interval", "verdict")
-        for gate in result.gates:
-            limit, value, low, high = (in_unit(x, gate.unit) for x in (gate.limit, gate.value, *gate.ci95))
-            verdict = Text(gate.verdict, STYLES[gate.verdict])
-            table.add_row(gate.name, limit, value, f"{low} to {high}" if low != high else "", verdict)
+    _show_gates(console, result.gates)
+    _show_profile(console, result)
+    _show_notes(console, result)
+
+
+def _show_models(console: Console, result: EvalResult) -> None:
+    """Print several models: a row each, their gates, and how they were measured."""
+    from prune_onnx.pipeline.pareto import quality_of_result
+    from prune_onnx.pipeline.rows import CONTENDER_CELLS, contenders
+
+    quality = quality_of_result(result)
+    heads = [quality[0].name if quality and cell == "Quality" else cell for cell in CONTENDER_CELLS]
+    table = _table("model", *(f">{head}" for head in heads), "", "")
+    for each in contenders(result):
+        verdict = Text(each.verdict, STYLES.get(each.verdict, "")) if each.verdict else Text("baseline")
+        table.add_row(each.name, *each.cells, verdict, "on the front" if each.on_front else "")
+    console.out.print(table)
+    console.say("On the front: no other model is both as fast and as good.")
+    threads = f", {result.threads} threads" if result.threads else ""
+    runs = f"{result.model.latency_ms.runs:,} runs each, in turns"
+    console.say(f"{result.provider}{threads}, batch {result.timings[0].batch_size}, {runs}; {result.data}.")
+    for each in result.candidates:
+        if each.gates:
+            console.say(f"{each.model.file}:")
+            _show_gates(console, each.gates)
+    _show_notes(console, result)
+
+
+def _show_gates(console: Console, gates: Sequence[GateResult]) -> None:
+    if not gates:
+        return
+    table = _table("gate", ">limit", ">value", ">95 % interval", "verdict")
+    for gate in gates:
+        limit, value, low, high = (in_unit(x, gate.unit) for x in (gate.limit, gate.value, *gate.ci95))
+        verdict = Text(gate.verdict, STYLES[gate.verdict])
+        table.add_row(gate.name, limit, value, f"{low} to {high}" if low != high else "", verdict)
+    console.out.print(table)
+
+
+def _show_profile(console: Console, result: EvalResult) -> None:
+    """Print where the time goes by operator, and with ``-v`` by node."""
+    from prune_onnx.pipeline.rows import spent
+
+    if result.profile is None:
+        return
+    both = result.profile.baseline is not None
+    by_operator, by_node = spent(result)
+    for head, rows in (("operator", by_operator), ("node", by_node if console.verbosity > 0 else [])):
+        if not rows:
+            continue
+        table = _table(head, *([">before", ">after"] if both else [">time"]))
+        for row in rows:
+            times = [milliseconds(time) if time is not None else "" for time in (row.before, row.after)]
+            table.add_row(f"{row.name} ({row.op_type})" if row.name else row.op_type, *times[0 if both else 1 :])
         console.out.print(table)
+
+
+def _show_notes(console: Console, result: EvalResult) -> None:
     for hint in result.hints:
         console.say(f"Note: {hint}")
     if console.verbosity > 0:
@@ -221,15 +277,19 @@ def show_eval(console: Console, result: EvalResult) -> None:
 
 
 def _show_batches(console: Console, timings: Sequence[Timing]) -> None:
-    """Print a row for each batch size, when there are several."""
+    """Print a row for each number of threads and batch size, when there are several."""
     if len(timings) < 2:
         return
-    table = _table(">batch", ">baseline p50", ">model p50", ">speed-up", "")
+    sweep = len({timing.threads for timing in timings}) > 1
+    threads = [">threads"] if sweep else []
+    table = _table(*threads, ">batch", ">baseline p50", ">model p50", ">throughput", ">speed-up", "")
     for timing in timings:
         baseline = milliseconds(timing.baseline.p50) if timing.baseline else ""
         speedup = ratio(timing.speedup.p50) if timing.speedup else ""
         noise = "" if timing.stable else "unstable"
-        table.add_row(str(timing.batch_size), baseline, milliseconds(timing.model.p50), speedup, noise)
+        threads = [str(timing.threads or "unset")] if sweep else []
+        mine, throughput = milliseconds(timing.model.p50), f"{timing.batch_size * 1e3 / timing.model.mean:,.0f} /s"
+        table.add_row(*threads, str(timing.batch_size), baseline, mine, throughput, speedup, noise)
     console.out.print(table)
 
 

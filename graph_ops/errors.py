@@ -45,3 +45,7 @@ class OutputError(PruneOnnxError):
 
 class TrainingError(PruneOnnxError):
     """Training diverged or cannot be resumed."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what was begun is put away as after Ctrl-C, then the program ends."""

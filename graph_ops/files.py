@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import OutputError
@@ -44,13 +46,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         OutputError: the file cannot be written (disk full, no permission, ...).
     """
     path = Path(path)
-    temporary: Path | None = None
+    # Named before it is made: an interrupt in between must find it to remove it.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-            os.close(handle)
-            temporary = Path(name)
+            temporary.touch(mode=0o600, exist_ok=False)
             yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
@@ -61,8 +62,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
-        if temporary is not None:
+        # Where the folder is a file, there is nothing to remove either.
+        with suppress(NotADirectoryError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off SIGINT and SIGTERM to the end of the block, for steps of which none may be left out.
+
+    Signals reach a program's main thread only; in another one there is nothing to put off.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda which, frame: came.append(which)) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

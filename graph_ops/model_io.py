@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from onnx import checker, external_data_helper, shape_inference
 
 from . import wire
 from .errors import ModelError, OutputError
-from .files import atomic_write
+from .files import atomic_write, uninterrupted
 from .functions import inlined
 from .graph import external_position, raw_bytes, subgraphs
 from .wire import PACKED_TYPES, copy_fields
@@ -291,21 +291,20 @@ def save(model: onnx.ModelProto, path: str | Path, *, external: bool = False) ->
             for piece in pieces:
                 file.write(piece)
         return
-    folder: Path | None = None
+    # Named before it is made: an interrupt in between must find it to remove it.
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        folder.mkdir(mode=0o700, parents=True)
         data = f"{path.name}.data"
         stub = _write_external(model, folder / data, data)
         (folder / path.name).write_bytes(stub.SerializeToString())
-        # The data file comes first: a model without its data would be half an output.
-        os.replace(folder / data, path.parent / data)
-        os.replace(folder / path.name, path)
+        with uninterrupted():  # a model without its data, or with another's, would be half an output
+            os.replace(folder / data, path.parent / data)
+            os.replace(folder / path.name, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def total_bytes(model: onnx.ModelProto) -> int:

@@ -1,17 +1,19 @@
-"""Accuracy of one model, and how a model and its baseline differ on the very same samples.
+"""Accuracy of models, and how each differs from a baseline on the very same samples.
 
-Both models see each batch, and only counts are kept, so a data set of any size streams through.
+All models see each batch, and only counts are kept, so a data set of any size streams through.
 
 The interval of the accuracy change uses that the samples are paired: only those that one model gets right and the
 other wrong count. It is the adjusted Wald interval of Agresti and Min, "Simple improved confidence intervals for
 comparing matched proportions", Statistics in Medicine 24, 2005: half a sample is added to each of the four cells of
-the table, which keeps the coverage near 95 % for small samples and for models that never disagree.
+the table, which keeps the coverage near 95 % for small samples and for models that never disagree. Beside it stands
+the exact test of McNemar, "Note on the sampling error of the difference between correlated proportions or
+percentages", Psychometrika 12, 1947: how likely so uneven a table is for two models that are equally good.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,8 @@ class Tally:
         top5: samples with the right answer among the five highest, of the model and of the baseline.
         gained: samples that only the model gets right.
         lost: samples that only the baseline gets right.
+        gained5: samples that only the model has among its five highest.
+        lost5: samples that only the baseline has there.
         same: samples that both give the same class; ``None`` when the output holds no classes.
         max_abs_diff: largest absolute difference between the two over all outputs.
         not_finite: samples for which the model's output holds NaN or infinity.
@@ -52,6 +56,8 @@ class Tally:
     top5: list[int] = field(default_factory=lambda: [0, 0])
     gained: int = 0
     lost: int = 0
+    gained5: int = 0
+    lost5: int = 0
     same: int | None = 0
     max_abs_diff: float = 0.0
     not_finite: int = 0
@@ -63,11 +69,17 @@ class Tally:
 
     @property
     def change(self) -> AccuracyChange | None:
-        """Change of top-1 from baseline to model, ``None`` without labels."""
-        if not self.labelled:
+        """Change of accuracy from baseline to model, ``None`` without labels."""
+        n = self.labelled
+        if not n:
             return None
-        low, high = paired_interval(self.gained, self.lost, self.labelled)
-        return AccuracyChange(top1=(self.gained - self.lost) / self.labelled, ci95=(low, high))
+        return AccuracyChange(
+            top1=(self.gained - self.lost) / n,
+            ci95=paired_interval(self.gained, self.lost, n),
+            p_value=mcnemar(self.gained, self.lost),
+            top5=(self.gained5 - self.lost5) / n,
+            top5_ci95=paired_interval(self.gained5, self.lost5, n),
+        )
 
     @property
     def agreement(self) -> Agreement:
@@ -76,35 +88,68 @@ class Tally:
         return Agreement(top1=same, max_abs_diff=self.max_abs_diff, samples=self.samples)
 
 
+class Kept:
+    """All outputs and labels of a run over the data, for a metric that wants to see them at once."""
+
+    def __init__(self, sessions: int) -> None:
+        self._outputs: list[list[list[np.ndarray]]] = [[] for _ in range(sessions)]
+        self._labels: list[np.ndarray | None] = []
+
+    def add(self, outputs: Sequence[list[np.ndarray]], labels: np.ndarray | None) -> None:
+        """Keep one batch: the outputs of every session, and the labels."""
+        for kept, arrays in zip(self._outputs, outputs, strict=True):
+            kept.append(arrays)
+        self._labels.append(labels)
+
+    def outputs(self, which: int) -> list[np.ndarray]:
+        """Return all outputs of one session, each with the samples along its first axis."""
+        return [np.concatenate(arrays) for arrays in zip(*self._outputs[which], strict=True)]
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """All labels, int64 (N,); ``None`` where there are none."""
+        given = [labels for labels in self._labels if labels is not None]
+        return np.concatenate(given) if given else None
+
+
 def tally(
-    model: InferenceSession,
+    models: Sequence[InferenceSession],
     baseline: InferenceSession | None,
     batches: Iterable[Batch],
     advance: Callable[[int], None] = lambda steps: None,
-) -> Tally:
-    """Run both models over all batches.
+    keep: Kept | None = None,
+) -> list[Tally]:
+    """Run all models over all batches.
 
     Args:
-        model: a session with one input whose first axis counts samples.
+        models: sessions with one input whose first axis counts samples.
         baseline: a session with the same interface, or ``None``.
         batches: (inputs, labels) with inputs of shape (N, ...), labels int64 of shape (N,) or ``None``.
         advance: told the number of samples of each batch.
+        keep: gets the outputs of all models, the baseline's last. Whether the labels are classes is then the metric's
+            to know: outputs without classes have no accuracy, and are no error.
+
+    Returns:
+        One for each model.
 
     Raises:
         DataError: labels name classes that the model does not have, or there are no samples.
         ModelError: a model fails to run, or the inputs do not fit it.
     """
-    count = Tally()
+    counts = [Tally() for _ in models]
     for inputs, labels in batches:
         if not len(inputs):
             continue
-        mine = predict(model, inputs)
-        theirs = predict(baseline, inputs) if baseline is not None else None
-        _count(count, mine, theirs, labels)
+        every = [predict(session, inputs) for session in (*models, *([baseline] if baseline is not None else []))]
+        theirs = every[-1] if baseline is not None else None
+        for count, mine in zip(counts, every, strict=False):
+            _count(count, mine, theirs, labels, lenient=keep is not None)
+        if keep is not None:
+            keep.add(every, labels)
         advance(len(inputs))
-    if not count.samples:
+    if not counts[0].samples:
         raise DataError("the data holds no samples.")
-    return count
+    return counts
 
 
 def compare_outputs(model: InferenceSession, baseline: InferenceSession, feeds: Iterable[Feed]) -> Tally:
@@ -190,7 +235,28 @@ def paired_interval(gained: int, lost: int, samples: int) -> tuple[float, float]
     return max(-1.0, middle - half), min(1.0, middle + half)
 
 
-def _count(count: Tally, mine: list[np.ndarray], theirs: list[np.ndarray] | None, labels: np.ndarray | None) -> None:
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test: that a fair coin splits the differing samples so unevenly.
+
+    Args:
+        gained: samples that only the model gets right.
+        lost: samples that only the baseline gets right.
+    """
+    n, fewer = gained + lost, min(gained, lost)
+    ways = term = 1  # of ``fewer`` heads or less in n throws; exact integers, for n may be large
+    for heads in range(fewer):
+        term = term * (n - heads) // (heads + 1)
+        ways += term
+    return min(1.0, 2 * ways / 2**n)
+
+
+def _count(
+    count: Tally,
+    mine: list[np.ndarray],
+    theirs: list[np.ndarray] | None,
+    labels: np.ndarray | None,
+    lenient: bool,
+) -> None:
     n = len(mine[0])
     scores = _class_scores(mine[0])
     count.samples += n
@@ -199,7 +265,7 @@ def _count(count: Tally, mine: list[np.ndarray], theirs: list[np.ndarray] | None
     if theirs is not None:
         other = _class_scores(theirs[0])
         _compare(count, mine, theirs, scores, other)
-    if labels is None:
+    if labels is None or (scores is None and lenient):
         return
     if scores is None:
         raise DataError(
@@ -218,6 +284,8 @@ def _count(count: Tally, mine: list[np.ndarray], theirs: list[np.ndarray] | None
     if len(ranks) == 2:
         count.gained += int(((ranks[0] == 0) & (ranks[1] != 0)).sum())
         count.lost += int(((ranks[0] != 0) & (ranks[1] == 0)).sum())
+        count.gained5 += int(((ranks[0] < 5) & (ranks[1] >= 5)).sum())
+        count.lost5 += int(((ranks[0] >= 5) & (ranks[1] < 5)).sum())
 
 
 def _compare(

@@ -3,17 +3,20 @@
 Models that are compared run in turns, in short rounds, so that whatever disturbs the machine disturbs all of
 them. A round holds one block of runs of every model, in an order that is reversed from round to round.
 
-Two things would spoil that, both measured. ONNX Runtime's idle thread pools keep spinning, so that the model at
-rest slows the one that runs down (2x and more on two cores). ``session.force_spinning_stop`` ends the spinning with
-each run, so that no pause is needed. It costs a run only the waking up of its threads (20 microseconds on two cores,
-nothing on one), where switching spinning off altogether costs a small net half its speed. And two sessions of one and
-the same file can differ for as long as they live (18 % seen on a net of 30 microseconds, by the order in which they
-were made and the luck of memory and thread placement), so sessions are made anew for every round, in changing order,
-as long as that is cheap. Their luck then is part of the spread between rounds, which is what the bootstrap resamples.
+A block is nothing but a bare loop over an ordinary session, so that its figures are those which a program has that
+runs the model again and again. Two things would spoil the comparison, both measured. ONNX Runtime's idle threads keep
+spinning for tens of milliseconds, so that the model at rest slows the one that runs down (2x and more on two cores).
+Taking that from the sessions would change what is measured: told to stop spinning after each run, they wake their
+threads for the next one (5 % of a run of 0.5 ms), told never to spin, small nets take twice as long. So only one
+session is alive at a time, and where making one anew is too expensive, the others' threads are asleep before a block
+begins. And two sessions of one and the same file can differ for as long as they live (18 % seen on a net of 30
+microseconds, by the order in which they were made and the luck of memory and thread placement): new sessions for
+the blocks make that luck part of the spread between rounds, which is what the bootstrap resamples.
 
 The interval is the expanded percentile bootstrap of Hesterberg, "What Teachers Should Know About the Bootstrap",
 The American Statistician 69(4), 2015: resampling few rounds gives intervals that are too narrow by about
-``sqrt((n - 1) / n)`` and by the t distribution's tail, so percentiles further out are read.
+``sqrt((n - 1) / n)`` and by the t distribution's tail, so percentiles further out are read. Where the figures are not
+sharp after the time that was asked for, measuring goes on, up to a multiple of it.
 """
 
 from __future__ import annotations
@@ -21,40 +24,62 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
-from .sessions import create_session
-
-if TYPE_CHECKING:
-    import onnx
-    from onnxruntime import InferenceSession
-
 Runner = Callable[[], float]
 Rounds = list[np.ndarray]
-Count = Callable[[int], None]
 
 ROUNDS = 20
-RESAMPLES = 2000
-CONFIDENCE = 0.95
+# While the figures are less sharp than this (width of the interval, relative to its value), measuring goes on for so
+# many times the time that was asked for.
+SHARP_WIDTH = 0.15
+MOST_TIMES = 3
+RESAMPLES = 4000
+# The level at which the bootstrap is read. Where other programs run, disturbances outlast a round, and rounds are not
+# independent: intervals of two sessions of one file, read at 95 %, missed 1 in 3 of 16 repeats at a load of 7 on two
+# cores. Read at 99 % they hold what an interval of 95 % promises.
+LEVEL = 0.99
 # Two windows of warm-up runs that agree this closely end the warm-up; so does the time.
 WARM_AGREEMENT = 0.05
 WARM_WINDOW = 5
-WARM_SECONDS = 1.0
-# Runs at the start of a block that only bring the caches back; not counted.
-SETTLE = 2
-# Making sessions anew may take this share of the measured time.
-RENEWAL_SHARE = 0.5
+WARM_SECONDS = 0.5
+# Runs at the start of a block that are not counted: they bring back the caches of a session that was kept, and lay out
+# the memory of one that was made anew (its third run is within 1 % of the thousandth).
+SETTLE = 3
+# Making sessions anew for every block may take this share of the measured time. Beyond that, one that takes less
+# seconds than about the rest that keeping it takes still ends when another model's turn comes.
+RENEWAL_SHARE = 0.1
+CHEAP = 0.04
+# Threads are asleep when this process uses less than this share of a core, for so many naps of so many seconds.
+REST_LOAD, REST_NAPS, REST_NAP = 0.2, 2, 0.002
+# Whatever else keeps this process busy, a block begins in the end.
+REST_SECONDS = 0.2
+# Resamples at a time, so that their table stays small.
+CHUNK = 500
 # The bootstrap reads at most about this many samples of a model.
-BOOTSTRAP_SAMPLES = 10_000
+BOOTSTRAP_SAMPLES = 4000
+
+
+@dataclass
+class Series:
+    """What was measured of one model.
+
+    Attributes:
+        rounds: latencies in ms, float64, one array for each round.
+        cpu_ms: for each round, CPU time of this process in a run, all threads together, spinning ones included.
+        creation_ms: of each session that was made.
+    """
+
+    rounds: Rounds = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    creation_ms: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,55 +96,6 @@ class Interval:
         return (self.high - self.low) / abs(self.value) if self.value else math.inf
 
 
-def session_runner(
-    model: str | Path | bytes | onnx.ModelProto,
-    feed: Mapping[str, np.ndarray],
-    provider: str = "cpu",
-    threads: int | None = None,
-) -> Runner:
-    """Return a function that runs the model once on ``feed`` and returns the seconds it took.
-
-    On the CPU that is ``session.run`` from host memory to host memory; on a GPU inputs and outputs lie in device
-    memory, so that copies are not timed, and the clock stops when the device has finished.
-
-    Raises:
-        ConfigError, ModelError, ProviderError: see :func:`.sessions.create_session`.
-    """
-    session = create_session(model, provider, threads=threads, config={"session.force_spinning_stop": "1"})
-    if provider != "cpu":
-        return bound_runner(session, feed, "cuda")
-    inputs = dict(feed)
-    clock = time.perf_counter
-
-    def run() -> float:
-        start = clock()
-        session.run(None, inputs)
-        return clock() - start
-
-    return run
-
-
-def bound_runner(session: InferenceSession, feed: Mapping[str, np.ndarray], device: str) -> Runner:
-    """Return a runner whose inputs and outputs stay in the memory of ``device``."""
-    from onnxruntime import OrtValue
-
-    binding = session.io_binding()
-    for name, array in feed.items():
-        binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, device, 0))
-    for output in session.get_outputs():
-        binding.bind_output(output.name, device, 0)
-    binding.synchronize_inputs()
-    clock = time.perf_counter
-
-    def run() -> float:
-        start = clock()
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        return clock() - start
-
-    return run
-
-
 def measure(
     makers: Sequence[Callable[[], Runner]],
     *,
@@ -127,43 +103,69 @@ def measure(
     min_runs: int = 50,
     warmup: int | None = None,
     progress: Progress = SILENT,
-) -> list[Rounds]:
+) -> list[Series]:
     """Time several runners in alternating rounds.
 
     Args:
-        makers: each makes a runner with a session of its own.
-        min_time: seconds that each of them is timed at least.
+        makers: each makes a runner with a session of its own, which ends with the runner.
+        min_time: seconds that each of them is timed at least; up to ``MOST_TIMES`` as long if the ratio of a runner's
+            median to the last one's, or the median of one alone, is not known sharply by then.
         min_runs: runs of each that are timed at least.
-        warmup: runs before the first timed one of each session; ``None`` runs until their time is stable.
+        warmup: runs before the first timed one of each session; ``None`` runs until the time is stable.
         progress: told of every round.
 
     Returns:
-        For each maker its rounds, and for each round the latencies in ms, float64.
+        What was measured, for each maker.
     """
     rounds = min(ROUNDS, max(1, min_runs))
     block_time, block_runs = min_time / rounds, math.ceil(min_runs / rounds)
-    results: list[Rounds] = [[] for _ in makers]
-    runners: list[Runner] = []
-    preparing = renewal = measuring = 0.0
+    series = [Series() for _ in makers]
+    runners: dict[int, Runner] = {}
+    cost = [0.0] * len(makers)
+    renewing = measuring = 0.0
+    last = None
     with _no_garbage_collection(), progress.task("timing", rounds) as advance:
-        for number in range(rounds):
-            if not runners or preparing + renewal <= RENEWAL_SHARE * measuring:
-                start = time.perf_counter()
-                runners.clear()  # frees the old sessions first
-                runners = _prepared(makers, warmup, backwards=number // 2 % 2 == 1)
-                renewal = time.perf_counter() - start
-                # The first sessions have to be made anyway.
-                preparing += renewal if number else 0.0
+        for number in range(MOST_TIMES * rounds):
+            if number and number % rounds == 0 and _sharp(series):
+                break
+            # What making sessions costs is known when all have run once.
+            anew = number > 0 and renewing + sum(cost) <= RENEWAL_SHARE * measuring
+            alone = anew or (number > 0 and sum(cost) <= CHEAP * len(makers))
             for i in _order(makers, backwards=number % 2 == 1):
-                samples = _block(runners[i], block_time, block_runs)
-                measuring += samples.sum()
-                results[i].append(samples * 1e3)
-            advance(1)
-    return results
+                start = time.perf_counter()
+                if anew or (alone and i != last):
+                    runners.clear()
+                elif runners and i != last:
+                    rest()
+                if i not in runners:
+                    # A session made anew does what the first one did, which ran until its time was stable.
+                    runners[i], creation = _made(makers[i], SETTLE if warmup is None and number else warmup)
+                    series[i].creation_ms.append(creation * 1e3)
+                    # The first ones have to be made anyway, and are warmed up for longer.
+                    cost[i] = time.perf_counter() - start if number else creation
+                    renewing += cost[i] if number else 0.0
+                elif i != last:
+                    warm_up(runners[i], SETTLE)
+                measuring += _block(runners[i], block_time, block_runs, series[i])
+                last = i
+                if anew:
+                    del runners[i]
+            advance(1 if number < rounds else 0)
+    return series
+
+
+def rest() -> None:
+    """Wait until this process uses no CPU: until the threads of sessions that have run do not spin any more."""
+    deadline = time.perf_counter() + REST_SECONDS
+    quiet = 0
+    while quiet < REST_NAPS and time.perf_counter() < deadline:
+        before = time.process_time()
+        time.sleep(REST_NAP)
+        quiet = quiet + 1 if time.process_time() - before < REST_LOAD * REST_NAP else 0
 
 
 def warm_up(run: Runner, runs: int | None = None) -> None:
-    """Run ``runs`` times, or until the medians of two successive windows agree or a second has passed."""
+    """Run ``runs`` times, or until the medians of two successive windows agree or half a second has passed."""
     if runs is not None:
         for _ in range(runs):
             run()
@@ -218,25 +220,34 @@ def _order(makers: Sequence[object], *, backwards: bool) -> list[int]:
     return list(range(len(makers)))[:: -1 if backwards else 1]
 
 
-def _prepared(makers: Sequence[Callable[[], Runner]], warmup: int | None, *, backwards: bool) -> list[Runner]:
-    """Make all runners and warm them up; the order matters, so it must not always be the same."""
-    runners: dict[int, Runner] = {}
-    for i in _order(makers, backwards=backwards):
-        runners[i] = makers[i]()
-        warm_up(runners[i], warmup)
-    return [runners[i] for i in range(len(makers))]
+def _sharp(series: Sequence[Series]) -> bool:
+    """Whether the figures that matter are known well: how all compare with the last one, or the median of one alone."""
+    *rounds, last = [each.rounds for each in series]
+    intervals = [speedup_interval(last, each) for each in rounds] or [quantile_interval(last, 0.5)]
+    return all(interval.width <= SHARP_WIDTH for interval in intervals)
 
 
-def _block(run: Runner, seconds: float, runs: int) -> np.ndarray:
-    for _ in range(SETTLE):
-        run()
+def _made(maker: Callable[[], Runner], warmup: int | None) -> tuple[Runner, float]:
+    """Make a runner and warm it up; also return the seconds that making it took."""
+    start = time.perf_counter()
+    run = maker()
+    creation = time.perf_counter() - start
+    warm_up(run, warmup)
+    return run, creation
+
+
+def _block(run: Runner, seconds: float, runs: int, series: Series) -> float:
+    """Run until both limits are reached, add the round to ``series`` and return the seconds that were timed."""
     samples: list[float] = []
     spent = 0.0
+    cpu = time.process_time()
     while spent < seconds or len(samples) < runs:
         took = run()
         samples.append(took)
         spent += took
-    return np.asarray(samples)
+    series.cpu_ms.append((time.process_time() - cpu) * 1e3 / len(samples))
+    series.rounds.append(np.asarray(samples) * 1e3)
+    return spent
 
 
 def _counts(rounds: int, seed: int) -> np.ndarray:
@@ -247,8 +258,8 @@ def _counts(rounds: int, seed: int) -> np.ndarray:
 def _resampled(rounds: Rounds, quantile: float, counts: np.ndarray) -> np.ndarray:
     """Return the quantile of every resample, shape (RESAMPLES,).
 
-    A resample only changes how often a sample counts, so the samples are sorted once and each resample's quantile
-    is found in the running sum of the weights.
+    A resample only changes how often a round's samples count, so the samples are sorted once, and each resample's
+    quantile is found in the weighted sum of the rounds' running counts.
     """
     step = max(1, sum(map(len, rounds)) // BOOTSTRAP_SAMPLES)
     thinned = [np.sort(samples)[(step - 1) // 2 :: step] for samples in rounds]
@@ -257,9 +268,11 @@ def _resampled(rounds: Rounds, quantile: float, counts: np.ndarray) -> np.ndarra
     order = np.argsort(values, kind="stable")
     values, owner = values[order], owner[order]
     result = np.empty(len(counts))
-    for i, count in enumerate(counts):
-        weight = np.cumsum(count[owner])
-        result[i] = values[np.searchsorted(weight, quantile * weight[-1])]
+    # How many samples of each round are at most as large as each value, shape (rounds, values).
+    below = np.cumsum(owner == np.arange(len(rounds))[:, None], axis=1, dtype=np.float32)
+    for start in range(0, len(counts), CHUNK):
+        weight = counts[start : start + CHUNK].astype(np.float32) @ below
+        result[start : start + CHUNK] = values[(weight >= quantile * weight[:, -1:]).argmax(axis=1)]
     return result
 
 
@@ -268,9 +281,10 @@ def _limits(statistics: np.ndarray, rounds: int) -> tuple[float, float]:
     if rounds < 2:
         return 0.0, math.inf
     normal = NormalDist()
-    z = normal.inv_cdf((1 + CONFIDENCE) / 2)
+    z = normal.inv_cdf((1 + LEVEL) / 2)
     df = rounds - 1
-    # Student's t quantile by its expansion in 1 / df (Abramowitz and Stegun 26.7.5), exact to 1 % from 5 rounds on.
+    # Student's t quantile by its expansion in 1 / df (Abramowitz and Stegun 26.7.5), exact to 0.1 % for 20 rounds and
+    # to 6 % for 5.
     t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
     tail = normal.cdf(-t * math.sqrt(rounds / df))
     low, high = np.quantile(statistics, [tail, 1 - tail])

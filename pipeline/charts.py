@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .eval_schema import Timing
-from .formats import milliseconds
+from .eval_schema import Candidate, EvalResult, Timing
+from .formats import milliseconds, percent, plain
+from .pareto import quality_of_result
 
 # Bins of a latency distribution, and the quantiles between which it is drawn: one outlier must not flatten the rest.
 BINS = 72
@@ -55,11 +57,129 @@ class Chart:
     x_name: str = ""
 
 
-def latency_charts(timing: Timing) -> list[Chart]:
-    """Return each model's distribution of latencies, all on the same logarithmic axis, baseline first."""
+@dataclass(frozen=True)
+class Point:
+    """A model in a trade-off plot, its place in per cent of both axes.
+
+    Attributes:
+        label: its name.
+        kind: ``baseline``, ``front`` or ``model``.
+        x: of its latency.
+        y: of its quality, downwards.
+        across: both ends of the interval of its latency.
+        along: both ends of the interval of its quality, where that is known.
+        below: whether its label would cover another one's, and stands lower.
+    """
+
+    label: str
+    kind: str
+    x: float
+    y: float
+    across: tuple[float, float]
+    along: tuple[float, float] | None
+    below: bool = False
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """Speed against quality of several models; ``front`` is a path in the square of 100 by 100."""
+
+    points: list[Point]
+    front: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    y_name: str
+
+
+def trade_off(result: EvalResult) -> TradeOff | None:
+    """Return the plot of latency against quality; ``None`` where models have no quality, or there is only one point."""
+    found = quality_of_result(result)
+    if found is None or len(result.judged) + (result.baseline is not None) < 2:
+        return None
+    quality, values, before = found
+    # Each: label, kind, latency with both ends of its interval, quality with both ends of its interval if known.
+    rows = [
+        (
+            Path(each.model.file).name,
+            "front" if each.on_front else "model",
+            (each.model.latency_ms.p50, *each.model.latency_ms.p50_ci95),
+            value,
+            _quality_ends(each, before) if quality.name != "agreement with the baseline" else None,
+        )
+        for each, value in zip(result.judged, values, strict=True)
+    ]
+    if result.baseline is not None and before is not None:
+        latency = result.baseline.latency_ms
+        ends = (latency.p50, *latency.p50_ci95)
+        rows.insert(0, (Path(result.baseline.file).name, "baseline", ends, before, None))
+    xs = np.log([row[2][0] for row in rows])
+    pad = max(0.12 * (xs.max() - xs.min()), 0.05)
+    left, width = xs.min() - pad, xs.max() - xs.min() + 2 * pad
+    heights = [*(row[3] for row in rows), *(end for row in rows for end in row[4] or ())]
+    ticks = _linear_ticks(min(heights), max(heights))
+    low, span = ticks[0], ticks[-1] - ticks[0]
+
+    def across(value: float) -> float:
+        return min(100.0, max(0.0, 100 * (math.log(max(value, 1e-9)) - left) / width))
+
+    def along(value: float) -> float:
+        return 100 - 100 * (value - low) / span
+
+    points = [
+        Point(
+            label,
+            kind,
+            across(latency[0]),
+            along(value),
+            (across(latency[1]), across(latency[2])),
+            (along(ends[0]), along(ends[1])) if ends else None,
+        )
+        for label, kind, latency, value, ends in rows
+    ]
+    text = percent if quality.fraction else plain
+    return TradeOff(
+        [replace(point, below=any(_near(point, other) for other in points[:i])) for i, point in enumerate(points)],
+        _stairs([(point.x, point.y) for point in points]),
+        [Tick(across(v), _tick_text(v)) for v in _log_ticks(math.exp(left), math.exp(left + width))],
+        [Tick(along(tick), text(tick)) for tick in ticks],
+        quality.name,
+    )
+
+
+def _quality_ends(candidate: Candidate, before: float | None) -> tuple[float, float] | None:
+    """Return both ends of a model's quality: the baseline's and the paired interval of the change."""
+    change = candidate.metric_change or candidate.accuracy_change
+    if before is None or change is None or change.ci95 is None:
+        return None
+    return before + change.ci95[0], before + change.ci95[1]
+
+
+def _near(point: Point, other: Point) -> bool:
+    """Whether the labels of two points would cover each other."""
+    return abs(point.x - other.x) < 30 and abs(point.y - other.y) < 8
+
+
+def _stairs(points: list[tuple[float, float]]) -> str:
+    """Return the path along the points that no other one beats, from the fastest to the best."""
+    best, path = math.inf, ""
+    for x, y in sorted(points):
+        if y < best:
+            path += f" L{x:.2f},{best:.2f} L{x:.2f},{y:.2f}" if path else f"M{x:.2f},{y:.2f}"
+            best = y
+    return path + f" L100,{best:.2f}"
+
+
+def latency_charts(timing: Timing, others: Sequence[Timing] = ()) -> list[Chart]:
+    """Return each model's distribution of latencies, all on the same logarithmic axis, baseline first.
+
+    Args:
+        timing: of the model and its baseline.
+        others: of further models.
+    """
+    both = [*_both(timing), *(("model", other.samples_ms.model, other.model) for other in others)]
     series = [
         (kind, np.log(np.concatenate([np.asarray(block) for block in blocks])), latency.p50)
-        for kind, blocks, latency in _both(timing)
+        for kind, blocks, latency in both
     ]
     ends = np.array([np.quantile(samples, TAILS) for _, samples, _ in series])
     low, high = ends[:, 0].min(), ends[:, 1].max()

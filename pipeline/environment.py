@@ -9,7 +9,18 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-PACKAGES = ("prune-onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "onnx-graphsurgeon", "torch", "numpy")
+from .gpu import gpu_facts, library_versions
+
+PACKAGES = (
+    "prune-onnx",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnx-graphsurgeon",
+    "torch",
+    "numpy",
+    "nvidia-ml-py",
+)
 
 
 def capture() -> dict[str, Any]:
@@ -34,6 +45,21 @@ def capture() -> dict[str, Any]:
         "argv": sys.argv,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def device_facts(provider: str, key: str = "gpu") -> dict[str, Any]:
+    """Return what figures of a GPU depend on; empty on the CPU.
+
+    Args:
+        provider: ``cpu``, ``cuda`` or ``tensorrt``.
+        key: under which the device's facts stand, which change while it works.
+
+    Returns:
+        JSON-serialisable: ``libraries`` and the device's facts (see :mod:`.gpu`), ``None`` where nobody tells.
+    """
+    if provider == "cpu":
+        return {}
+    return {"libraries": library_versions(), key: gpu_facts()}
 
 
 def _cpu_name() -> str:

@@ -1,6 +1,6 @@
-"""The ``eval`` stage: accuracy, agreement, latency and size of a model against its baseline, and the gates.
+"""The ``eval`` stage: accuracy, agreement, latency and size of models against a baseline, and the gates.
 
-check -> open sessions -> open data -> accuracy and agreement -> timing -> gates -> reports
+check -> open sessions -> open data -> accuracy and agreement -> timing -> gates -> profile -> reports
 """
 
 from __future__ import annotations
@@ -8,46 +8,69 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+from pydantic import ValidationError
 
-from prune_onnx.graph_ops import model_io, preprocessing
-from prune_onnx.graph_ops.errors import ConfigError, DataError, OutputError
+from prune_onnx.graph_ops import model_io
+from prune_onnx.graph_ops.errors import ConfigError, OutputError
 from prune_onnx.graph_ops.files import check_output, write_text
-from prune_onnx.graph_ops.graph import Graph
-from prune_onnx.graph_ops.preprocessing import Preprocessing
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
-from . import bench
-from .accuracy import Tally, compare_outputs, tally
-from .bench import Interval, Rounds
-from .count import count
-from .data import Samples, image_input, open_samples, recipe_for
-from .environment import capture
-from .eval_schema import EvalConfig, EvalResult, GateResult, Latency, Measured, Speedup, Timing, TimingSamples
-from .gates import GATES, Gate, overall
-from .probing import probe, random_feeds
-from .sessions import TensorSpec, check_same_interface, create_session, input_specs
+from . import bench, compare
+from .bench import Interval, Series
+from .count import Counted, count
+from .environment import capture, device_facts
+from .eval_schema import (
+    Candidate,
+    Copies,
+    EvalConfig,
+    EvalResult,
+    Latency,
+    Measured,
+    PeakMemory,
+    Profile,
+    Speedup,
+    Timing,
+    TimingSamples,
+)
+from .eval_schema import Execution as ExecutionFacts
+from .execution import (
+    Execution,
+    check_recordable,
+    copy_times,
+    default_engine_cache,
+    pinned,
+    pinned_cores,
+    tf32_allowed,
+    weight_type,
+)
+from .gates import overall
+from .inputs import open_inputs
+from .layers import layers
+from .memory import peak_memory
+from .metrics import Metric
+from .pareto import on_front
+from .profiles import node_times
+from .quality import Quality, judge
+from .sessions import check_same_interface
+from .slim_schema import SlimResult
+from .verdicts import check_gates, hints, hold_gates
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-# Samples a run when accuracy is counted; bounded by the activations of large images.
-ACCURACY_BATCH = 64
-# Random inputs on which two models are compared when there is no data.
-RANDOM_INPUTS = 16
 # A median or speed-up whose interval is wider than this, relative to its value, says too little.
 STABLE_WIDTH = 0.3
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 
 def evaluate(config: EvalConfig, progress: Progress = SILENT) -> EvalResult:
-    """Judge a model.
+    """Judge one model or several.
 
     Args:
         config: what to measure, on what, and the limits to keep.
@@ -57,196 +80,274 @@ def evaluate(config: EvalConfig, progress: Progress = SILENT) -> EvalResult:
         The result; the reports are written by then. A gate that fails is no error: see ``EvalResult.exit_code``.
 
     Raises:
-        ConfigError: options that do not fit the model or the data.
+        ConfigError: options that do not fit the model or the data, or a stored result that was measured otherwise.
         ModelError: a file cannot be read or run, or model and baseline cannot be compared.
         ProviderError: the provider is not there, or did not take every node.
-        DataError: the data is missing, corrupt, or does not fit the model.
+        DataError: the data is missing, corrupt, or does not fit the model; or the user's metric fails.
         OutputError: an output exists or cannot be written.
     """
     started, environment = time.perf_counter(), capture()
     _check_outputs(config)
-    paths = [config.model] if config.baseline is None else [config.model, config.baseline]
+    metric = Metric.find(config.metric) if config.metric else None
+    stored = compare.load(config.compare) if config.compare else None
+    slim = _slim_result(config.slim_report) if config.slim_report else None
+    paths = [*config.models, *([config.baseline] if config.baseline else [])]
     protos = [model_io.load(path) for path in paths]
-    sessions = [create_session(path, config.provider, threads=config.threads) for path in paths]
-    if len(sessions) == 2:
-        check_same_interface(*sessions)
+    executions = _executions(config, paths, protos)
+    sessions = _sessions(executions[0], paths)
     provider = sessions[0].get_providers()[0]
-    inputs, batch_sizes = _inputs(config, protos, sessions[0], progress)
-    quality = inputs.judge(sessions, progress)
-    _check_labels(config, quality)
+    environment |= device_facts(config.provider)
+    inputs, batch_sizes = open_inputs(config, protos, sessions[0], progress)
+    settings = [(execution, size) for execution in executions for size in batch_sizes]
+    compared_with = compare.check(config, stored, environment, provider, settings) if stored else None
+    with peak_memory(executions[0], paths, inputs.feed(batch_sizes[0])) as peaks:
+        qualities = judge(config, inputs, sessions, metric, stored, progress)
+        shapes = {name: array.shape for name, array in inputs.feed(1).items()}
+        counts = [count(proto, shapes) for proto in protos]
+        memories = [PeakMemory(host_bytes=p.host, device_bytes=p.device) if p else None for p in peaks()]
+    check_gates(config, qualities[: len(config.models)], memories)
     sessions.clear()  # their thread pools would only disturb
-    shapes = {name: array.shape for name, array in inputs.feed(1).items()}
-    files = zip(paths, protos, strict=True)
-    sizes = [_Size(*count(proto, shapes), model_io.bytes_on_disk(path)) for path, proto in files]
 
-    rounds = [_time(config, paths, inputs.feed(size), progress) for size in batch_sizes]
-    timings = [_timing(size, pair, config.seed) for size, pair in zip(batch_sizes, rounds, strict=True)]
-    first = timings[0]
-    compared = quality if config.baseline is not None else None
-    gates = _gates(config, sizes[0], compared, rounds[0], first)
+    series = [_time(config, execution, paths, inputs.feed(size), progress) for execution, size in settings]
+    environment |= device_facts(config.provider, key="gpu_after")
+    timings = [_timings(config, settings, series, which, stored) for which in range(len(config.models))]
+    measured = [
+        _measured(
+            path,
+            counts[which],
+            timings[which][0].model if which < len(timings) else timings[0][0].baseline,
+            batch_sizes[0],
+            series[0][which],
+            memories[which],
+            _copies(executions[0], path, inputs.feed(batch_sizes[0])),
+            qualities[which],
+        )
+        for which, path in enumerate(paths)
+    ]
+    baseline = stored.model if stored else measured[-1] if config.baseline else None
+    candidates = [
+        _candidate(config, measured[which], own, series[0][which], qualities[which])
+        for which, own in enumerate(timings)
+    ]
+    best = on_front([(each.model, each.agreement) for each in candidates], baseline)
+    candidates = [each.model_copy(update={"on_front": on}) for each, on in zip(candidates, best, strict=True)]
+    shown = candidates[0]
     result = EvalResult(
-        seconds=round(time.perf_counter() - started, 3),
+        seconds=0.0,
         environment=environment,
-        model=_measured(config.model, sizes[0], first, quality, 0),
-        baseline=_measured(config.baseline, sizes[1], first, quality, 1) if config.baseline else None,
+        model=shown.model,
+        baseline=baseline,
+        compared_with=compared_with,
         provider=provider,
-        threads=config.threads,
+        threads=executions[0].threads,
+        execution=_facts(executions[0], protos[0], paths[0]),
         data=inputs.name,
-        speedup=first.speedup,
-        accuracy_change=compared.change if compared else None,
-        agreement=compared.agreement if compared else None,
-        timings=timings,
-        gates=gates,
-        verdict=overall([gate.verdict for gate in gates], stable=all(timing.stable for timing in timings)),
-        hints=_hints(config, gates, timings, quality, environment),
+        speedup=shown.speedup,
+        accuracy_change=shown.accuracy_change,
+        metric_change=shown.metric_change,
+        agreement=shown.agreement,
+        timings=shown.timings,
+        gates=shown.gates,
+        verdict=overall(
+            [gate.verdict for each in candidates for gate in each.gates],
+            stable=all(timing.stable for each in candidates for timing in each.timings),
+        ),
+        hints=hints(config, candidates, qualities, environment, stored),
+        candidates=[_lean(each) for each in candidates] if config.more else [],
+        layers=layers(counts[-1], counts[0]) if config.baseline else [],
+        profile=_profile(config, executions[0], paths, inputs.feed(batch_sizes[0]), progress),
     )
-    _write(config, result)
+    result.seconds = round(time.perf_counter() - started, 3)
+    _write(config, result, slim)
     return result
 
 
-@dataclass(frozen=True)
-class _Size:
-    """What a model costs by count."""
-
-    params: int
-    macs: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Samples from files, turned into the model's one input by a recipe."""
-
-    spec: TensorSpec
-    samples: Samples
-    recipe: Preprocessing
-    name: str
-
-    def feed(self, batch_size: int) -> dict[str, np.ndarray]:
-        """Return the first samples as one run's input, repeated where there are too few."""
-        size = _fixed_batch(self.spec) or batch_size
-        array, _ = next(self.samples.batches(self.recipe, size))
-        return {self.spec.name: np.resize(array, (size, *array.shape[1:])).astype(self.spec.dtype)}
-
-    def judge(self, sessions: list[InferenceSession], progress: Progress) -> Tally:
-        """Count right answers and differences over all samples."""
-        size = _fixed_batch(self.spec) or 1
-        batches = self.samples.batches(self.recipe, max(1, ACCURACY_BATCH // size) * size)
-        with progress.task(f"accuracy on {self.name}", len(self.samples)) as advance:
-            return tally(sessions[0], sessions[1] if len(sessions) == 2 else None, batches, advance)
-
-
-@dataclass(frozen=True)
-class _Random:
-    """Random inputs of a shape that the model is known to run at."""
-
-    specs: list[TensorSpec]
-    graph: Graph
-    shapes: Mapping[str, tuple[int, ...]]
-    seed: int
-    name: str = "random inputs"
-
-    def feed(self, batch_size: int, seed: int = 0) -> dict[str, np.ndarray]:
-        """Return random inputs of ``batch_size`` samples where the model leaves their number open."""
-        shapes = {
-            spec.name: (_fixed_batch(spec) or batch_size, *self.shapes[spec.name][1:]) if spec.shape else ()
-            for spec in self.specs
-        }
-        return random_feeds(self.graph, shapes, self.seed + seed)
-
-    def judge(self, sessions: list[InferenceSession], progress: Progress) -> Tally | None:
-        """Compare the outputs of model and baseline; a model alone has nothing to be compared with."""
-        if len(sessions) < 2:
-            return None
-        return compare_outputs(*sessions, (self.feed(1, seed) for seed in range(RANDOM_INPUTS)))
-
-
 def _check_outputs(config: EvalConfig) -> None:
+    inputs = [*config.models, config.baseline, config.compare, config.slim_report]
     for path in (config.html, config.markdown, config.report):
         if path is not None:
             check_output(path, force=config.force)
-            if path.resolve() in {p.resolve() for p in (config.model, config.baseline) if p is not None}:
+            if path.resolve() in {p.resolve() for p in inputs if p is not None}:
                 raise OutputError(f"{path} is an input; an input file is never changed. Give another output.")
     if config.github_summary and not os.environ.get(SUMMARY_VARIABLE):
         raise ConfigError(f"--github-summary works inside GitHub Actions only: ${SUMMARY_VARIABLE} is not set.")
 
 
-def _fixed_batch(spec: TensorSpec) -> int | None:
-    """Samples that a run takes, where the model fixes them."""
-    return spec.shape[0] if spec.shape else 1
+def _slim_result(path: Path) -> SlimResult:
+    """Read what ``slim --report`` has written."""
+    try:
+        return SlimResult.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--slim-report: cannot read {path}: {error.strerror}.") from None
+    except ValidationError:
+        raise ConfigError(f"--slim-report: {path} is not what slim --report writes.") from None
 
 
-def _inputs(
-    config: EvalConfig, protos: list[onnx.ModelProto], session: InferenceSession, progress: Progress
-) -> tuple[_Data | _Random, tuple[int, ...]]:
-    """Return what the models run on, and the batch sizes that are timed."""
-    specs = input_specs(session)
-    fixed = _fixed_batch(specs[0])
-    if fixed is not None and config.batch_size not in ((1,), (fixed,)):
-        asked = ", ".join(map(str, config.batch_size))
-        raise ConfigError(f"--batch-size {asked}: the model takes batches of {fixed} only ({specs[0]}).")
-    sizes = config.batch_size if fixed is None else (fixed,)
-    if config.dataset is None and config.data is None:
-        graph = Graph(protos[0])
-        _, feeds, _ = probe(graph, dict(config.input_shape), config.seed)
-        shapes = {name: array.shape for name, array in feeds.items()}
-        return _Random(specs, graph, shapes, config.seed), sizes
-    if len(specs) != 1:
-        names = ", ".join(spec.name for spec in specs)
-        raise ConfigError(f"data can be fed to models with one input only; this one has {len(specs)}: {names}.")
-    channels, size = image_input(protos[0], config.layout)
-    samples = open_samples(
-        dataset=config.dataset,
-        data=config.data,
-        data_dir=config.data_dir,
-        download=config.download,
-        split="test",
-        limit=config.limit,
-        seed=config.seed,
-        size=config.size or size,
-        channels=channels,
-        progress=progress,
+def _sessions(execution: Execution, paths: list[Path]) -> list[InferenceSession]:
+    """Open all models to see what they give, and refuse those that cannot be compared."""
+    # Batches of several sizes cannot be recorded.
+    sessions = [replace(execution, cuda_graph=False).session(path) for path in paths]
+    for model in sessions[:-1]:
+        check_same_interface(model, sessions[-1])
+    return sessions
+
+
+def _timings(
+    config: EvalConfig,
+    settings: list[tuple[Execution, int]],
+    series: list[list[Series]],
+    which: int,
+    stored: EvalResult | None,
+) -> list[Timing]:
+    """Return one model's timings beside those of the baseline, or of the stored result."""
+    found = []
+    for (execution, size), each in zip(settings, series, strict=True):
+        chosen = [each[which], each[-1]] if config.baseline else [each[which]]
+        timing = _timing(execution, size, chosen, config.seed)
+        found.append(compare.beside(stored, timing) if stored else timing)
+    return found
+
+
+def _measured(
+    path: Path,
+    counted: Counted,
+    latency: Latency | None,
+    batch_size: int,
+    series: Series,
+    memory: PeakMemory | None,
+    copies: Copies | None,
+    quality: Quality,
+) -> Measured:
+    assert latency is not None
+    return Measured(
+        file=str(path),
+        params=counted.params,
+        macs=counted.macs,
+        bytes=model_io.bytes_on_disk(path),
+        latency_ms=latency,
+        throughput_per_s=batch_size * 1e3 / latency.mean,
+        accuracy=quality.accuracy,
+        metric=quality.metric,
+        creation_ms=float(np.median(series.creation_ms)),
+        peak_memory=memory,
+        copies_ms=copies,
     )
-    # Some tools drop a model's metadata; its baseline still says how both want their input.
-    carrier = next((proto for proto in protos if preprocessing.read(proto) is not None), protos[0])
-    recipe = recipe_for(carrier, samples, config.mean, config.std, config.layout)
-    for other in protos:
-        if config.mean is None and preprocessing.read(other) not in (None, recipe):
-            progress.warn(
-                "model and baseline carry different preprocessing in their metadata; the model's is used for both. "
-                "Give --mean and --std to choose."
-            )
-    return _Data(specs[0], samples, recipe, f"{samples.name}, {len(samples):,} samples"), sizes
 
 
-def _check_labels(config: EvalConfig, quality: Tally | None) -> None:
-    """Find out before the timing that a gate has nothing to hold."""
-    if config.max_accuracy_drop is not None and (quality is None or not quality.labelled):
-        raise DataError("--max-accuracy-drop needs labels, and the data has none.")
-    if config.min_agreement is not None and (quality is None or quality.same is None):
-        raise DataError("--min-agreement needs a model whose first output holds one score for each class.")
+def _candidate(
+    config: EvalConfig, measured: Measured, timings: list[Timing], series: Series, quality: Quality
+) -> Candidate:
+    """Hold one model against its gates; whether it is on the front is known when all models are."""
+    p99 = bench.quantile_interval(series.rounds, 0.99, config.seed)
+    gates = hold_gates(config, measured, p99, timings[0].speedup, quality)
+    return Candidate(
+        model=measured,
+        speedup=timings[0].speedup,
+        accuracy_change=quality.accuracy_change,
+        metric_change=quality.metric_change,
+        agreement=quality.agreement,
+        timings=timings,
+        gates=gates,
+        verdict=overall([gate.verdict for gate in gates], stable=all(timing.stable for timing in timings)),
+        on_front=False,
+    )
 
 
-def _time(config: EvalConfig, paths: list[Path], feed: dict[str, np.ndarray], progress: Progress) -> list[Rounds]:
-    """Time all models on one input, in turns."""
-    makers = [
-        functools.partial(bench.session_runner, path, feed, config.provider, config.threads) for path in paths
+def _lean(candidate: Candidate) -> Candidate:
+    """Return a model without the samples of the baseline, which would be the same for all models."""
+    timings = [
+        timing.model_copy(update={"samples_ms": timing.samples_ms.model_copy(update={"baseline": None})})
+        for timing in candidate.timings
     ]
+    return candidate.model_copy(update={"timings": timings})
+
+
+def _profile(
+    config: EvalConfig, execution: Execution, paths: list[Path], feed: dict[str, np.ndarray], progress: Progress
+) -> Profile | None:
+    """Profile the first model and the baseline, where that is wanted."""
+    if not (config.for_people if config.profile is None else config.profile):
+        return None
+    chosen = [paths[0], *([paths[-1]] if config.baseline else [])]
+    found = []
+    # What is launched as one graph has no times of its own nodes.
+    plain = replace(execution, cuda_graph=False)
+    with progress.task("profile", len(chosen)) as advance, pinned(execution.cores):
+        for path in chosen:
+            found.append(node_times(functools.partial(plain.session, path, feed), feed))
+            advance(1)
+    return Profile(
+        runs=min(runs for _, runs in found), model=found[0][0], baseline=found[1][0] if config.baseline else None
+    )
+
+
+def _executions(config: EvalConfig, paths: list[Path], protos: list[onnx.ModelProto]) -> list[Execution]:
+    """Return how the models run, for each number of threads that was asked for."""
+    if config.cuda_graph:
+        for path, proto in zip(paths, protos, strict=True):
+            check_recordable(str(path), proto)
+    cache = config.engine_cache or default_engine_cache()
+    common = Execution(
+        provider=config.provider,
+        cuda_layout=config.cuda_layout,
+        tf32=config.tf32,
+        conv_search=config.conv_search,
+        cuda_graph=config.cuda_graph,
+        fp16=config.fp16,
+        engine_cache=cache if config.provider == "tensorrt" else None,
+    )
+    return [
+        replace(common, threads=threads, cores=pinned_cores(threads) if config.pin else ())
+        for threads in config.threads or (None,)
+    ]
+
+
+def _time(
+    config: EvalConfig, execution: Execution, paths: list[Path], feed: dict[str, np.ndarray], progress: Progress
+) -> list[Series]:
+    """Time all models on one input, in turns."""
+    makers = [functools.partial(execution.runner, path, feed) for path in paths]
     # The 99th percentile of fewer runs is little more than their maximum.
     min_runs = config.min_runs if config.max_p99_ms is None else max(config.min_runs, 200)
-    return bench.measure(
-        makers, min_time=config.min_time, min_runs=min_runs, warmup=config.warmup, progress=progress
+    with pinned(execution.cores):
+        return bench.measure(
+            makers, min_time=config.min_time, min_runs=min_runs, warmup=config.warmup, progress=progress
+        )
+
+
+def _copies(execution: Execution, path: Path, feed: dict[str, np.ndarray]) -> Copies | None:
+    """Time the copies between host and device, which the runs on a GPU leave out."""
+    if execution.provider == "cpu":
+        return None
+    return Copies(**asdict(copy_times(execution.session(path, feed), feed)))
+
+
+def _facts(execution: Execution, proto: onnx.ModelProto, path: Path) -> ExecutionFacts:
+    """Record how the models ran."""
+    on_cpu, on_cuda = execution.provider == "cpu", execution.provider == "cuda"
+    return ExecutionFacts(
+        timed="host to host" if on_cpu else "device to device",
+        precision=weight_type(proto),
+        tf32=None if on_cpu else tf32_allowed(execution),
+        fp16=execution.fp16,
+        layout=execution.cuda_layout if on_cuda else None,
+        conv_search=execution.conv_search if on_cuda else None,
+        cuda_graph=execution.cuda_graph,
+        pinned=list(execution.cores) or None,
+        options=execution.provider_options(path),
     )
 
 
-def _timing(batch_size: int, rounds: list[Rounds], seed: int) -> Timing:
+def _timing(execution: Execution, batch_size: int, series: list[Series], seed: int) -> Timing:
+    rounds = [each.rounds for each in series]
     medians = [bench.quantile_interval(each, 0.5, seed) for each in rounds]
-    latencies = [_latency(each, median) for each, median in zip(rounds, medians, strict=True)]
+    latencies = [_latency(each, median) for each, median in zip(series, medians, strict=True)]
     compared = len(rounds) == 2
     ratio = bench.speedup_interval(rounds[1], rounds[0], seed=seed) if compared else None
     samples = [[np.round(block, 5).tolist() for block in each] for each in rounds]
     return Timing(
         batch_size=batch_size,
+        threads=execution.threads,
         model=latencies[0],
         baseline=latencies[1] if compared else None,
         speedup=Speedup(p50=ratio.value, ci95=(ratio.low, ratio.high)) if ratio else None,
@@ -256,8 +357,8 @@ def _timing(batch_size: int, rounds: list[Rounds], seed: int) -> Timing:
     )
 
 
-def _latency(rounds: Rounds, median: Interval) -> Latency:
-    samples = np.concatenate(rounds)
+def _latency(series: Series, median: Interval) -> Latency:
+    samples = np.concatenate(series.rounds)
     mean = float(samples.mean())
     p90, p95, p99 = (float(q) for q in np.quantile(samples, (0.9, 0.95, 0.99)))
     return Latency(
@@ -269,106 +370,24 @@ def _latency(rounds: Rounds, median: Interval) -> Latency:
         cv=float(samples.std() / mean),
         runs=len(samples),
         p50_ci95=(median.low, median.high),
+        cpu_ms=float(np.mean(series.cpu_ms)),
     )
 
 
-def _measured(path: Path, size: _Size, timing: Timing, quality: Tally | None, which: int) -> Measured:
-    latency = (timing.model, timing.baseline)[which]
-    assert latency is not None
-    return Measured(
-        file=str(path),
-        **asdict(size),
-        latency_ms=latency,
-        throughput_per_s=timing.batch_size * 1e3 / latency.mean,
-        accuracy=quality.accuracy(which) if quality else None,
-    )
-
-
-def _gates(
-    config: EvalConfig, size: _Size, compared: Tally | None, rounds: list[Rounds], timing: Timing
-) -> list[GateResult]:
-    """Hold every limit that was given against what was measured."""
-
-    def measured(gate: Gate) -> Interval:
-        if gate.field == "min_speedup":
-            assert timing.speedup is not None
-            return Interval(timing.speedup.p50, *timing.speedup.ci95)
-        if gate.field == "max_latency_ms":
-            return Interval(timing.model.p50, *timing.model.p50_ci95)
-        if gate.field == "max_p99_ms":
-            return bench.quantile_interval(rounds[0], 0.99, config.seed)
-        if gate.field == "max_size":
-            return Interval(size.bytes, size.bytes, size.bytes)
-        assert compared is not None
-        if gate.field == "max_accuracy_drop":
-            assert compared.change is not None
-            low, high = compared.change.ci95
-            return Interval(*(round(-100 * change, 9) for change in (compared.change.top1, high, low)))
-        agreement = compared.agreement.top1
-        assert agreement is not None
-        return Interval(agreement, agreement, agreement)
-
-    results = []
-    for gate in GATES:
-        limit = getattr(config, gate.field)
-        if limit is not None:
-            value = measured(gate)
-            verdict = gate.judge(limit, value.value, value.low, value.high)
-            results.append(
-                GateResult(
-                    name=gate.name,
-                    limit=limit,
-                    value=value.value,
-                    ci95=(value.low, value.high),
-                    unit=gate.unit,
-                    passed=verdict == "passed",
-                    verdict=verdict,
-                )
-            )
-    return results
-
-
-def _hints(
-    config: EvalConfig,
-    gates: list[GateResult],
-    timings: list[Timing],
-    quality: Tally | None,
-    environment: dict[str, Any],
-) -> list[str]:
-    """Say what to do about what could not be told."""
-    hints = []
-    in_time = any(gate.verdict == "inconclusive" and gate.unit in ("x", "ms") for gate in gates)
-    if in_time or not all(timing.stable for timing in timings):
-        threads = "" if config.threads == 1 else ", pin --threads 1"
-        hints.append(
-            f"The times vary a lot. For sharper figures stop other programs{threads}, "
-            f"or measure longer (--min-time {4 * config.min_time:g})."
-        )
-    if any(gate.verdict == "inconclusive" and gate.unit == "pp" for gate in gates):
-        assert quality is not None
-        hints.append(f"{quality.labelled} samples are too few to tell the accuracy drop from its limit: use more.")
-    if quality is not None and quality.not_finite:
-        hints.append(f"The model gives NaN or infinity for {quality.not_finite} of {quality.samples} samples.")
-    load, cores = environment["load_1min"] or 0.0, environment["cores"] or 1
-    if load > cores:
-        hints.append(f"The machine was busy before: load {load:.1f} on {cores} cores.")
-    return hints
-
-
-def _write(config: EvalConfig, result: EvalResult) -> None:
-    if config.html is None and config.markdown is None and not config.github_summary and config.report is None:
+def _write(config: EvalConfig, result: EvalResult, slim: SlimResult | None) -> None:
+    if config.report is not None:
+        result.write(config.report)
+    if not config.for_people:
         return
     from .report import to_markdown, write_html
 
-    if config.report is not None:
-        result.write(config.report)
     if config.html is not None:
-        write_html(config.html, eval_result=result)
+        write_html(config.html, eval_result=result, slim_result=slim)
     if config.markdown is not None:
-        write_text(config.markdown, to_markdown(eval_result=result))
+        write_text(config.markdown, to_markdown(eval_result=result, slim_result=slim))
     if config.github_summary:
         try:
             with open(os.environ[SUMMARY_VARIABLE], "a", encoding="utf-8") as summary:
-                summary.write(to_markdown(eval_result=result) + "\n")
+                summary.write(to_markdown(eval_result=result, slim_result=slim) + "\n")
         except OSError as error:
             raise OutputError(f"cannot append to ${SUMMARY_VARIABLE}: {error.strerror}.") from error

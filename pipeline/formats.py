@@ -44,6 +44,24 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
+def plain(value: float, *, sign: bool = False) -> str:
+    """Return a number without a unit, such as a metric of the user's.
+
+    >>> plain(0.91731), plain(-0.0042, sign=True), plain(0.01, sign=True)
+    ('0.9173', '−0.0042', '+0.01')
+    """
+    return _minus(f"{value:+.4g}" if sign else f"{value:.4g}")
+
+
+def p_value(value: float) -> str:
+    """Return the p-value of a test.
+
+    >>> p_value(0.0312), p_value(3e-9)
+    ('p = 0.031', 'p < 0.001')
+    """
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
 def points(fraction: float) -> str:
     """Return a change of a fraction in percentage points.
 
@@ -85,10 +103,10 @@ def growth(factor: float) -> str:
 def in_unit(value: float, unit: str) -> str:
     """Return a gate's limit or value in the gate's own unit.
 
-    >>> in_unit(0.5, "pp"), in_unit(1.3, "x"), in_unit(2e6, "bytes")
-    ('0.50 pp', '1.30×', '2.00 MB')
+    >>> in_unit(0.5, "pp"), in_unit(1.3, "x"), in_unit(2e6, "bytes"), in_unit(-0.25, "metric")
+    ('0.50 pp', '1.30×', '2.00 MB', '−0.25')
     """
-    texts = {"x": ratio, "ms": milliseconds, "bytes": size, "fraction": percent}
+    texts = {"x": ratio, "ms": milliseconds, "bytes": size, "fraction": percent, "metric": plain}
     return texts[unit](value) if unit in texts else _minus(f"{value:.2f} {unit}")
 
 

@@ -3,7 +3,7 @@
 A figure that was measured in time has an interval, and a gate on it passes only when the whole interval keeps the
 limit, fails only when none of it does, and is inconclusive in between. The measured accuracy drop is the same in every
 run on the same samples, so it passes when it keeps the limit; beyond the limit, the gate fails if the samples are
-enough to tell, and is inconclusive if they are not. Sizes and agreement are plain facts.
+enough to tell, and is inconclusive if they are not; so it is with a metric. Sizes and agreement are plain facts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Gate:
         units: what a limit may end with, and the factor to the report's unit; ``""`` is no unit.
         example: a well-formed limit, for messages.
         at_least: whether the value must reach the limit (else it must not exceed it).
-        needs: what has to be given for the value to exist: ``baseline``, ``data``, ``labels``.
+        needs: what has to be given for the value to exist: ``baseline``, ``reference`` (a baseline, or a stored result
+            in its place), ``data``, ``labels``, ``metric``.
         fact: the value decides by itself where it keeps the limit, whatever its interval.
     """
 
@@ -79,18 +80,20 @@ _BYTES = {
 }
 
 GATES = (
-    Gate("min-speedup", "min_speedup", "x", {"": 1.0, "x": 1.0, "×": 1.0}, "1.3x", at_least=True, needs=("baseline",)),
+    Gate("min-speedup", "min_speedup", "x", {"": 1.0, "x": 1.0, "×": 1.0}, "1.3x", at_least=True, needs=("reference",)),
     Gate("max-latency-ms", "max_latency_ms", "ms", _MS, "2.5"),
     Gate("max-p99-ms", "max_p99_ms", "ms", _MS, "4"),
     Gate(
         "max-accuracy-drop", "max_accuracy_drop", "pp", {"": 1.0, "pp": 1.0}, "0.5pp (percentage points)",
-        needs=("baseline", "labels"), fact=True,
+        needs=("reference", "labels"), fact=True,
     ),
+    Gate("max-metric-drop", "max_metric_drop", "metric", {"": 1.0}, "0.01", needs=("reference", "metric"), fact=True),
     Gate(
         "min-agreement", "min_agreement", "fraction", {"": 1.0, "%": 0.01}, "0.99 or 99%",
         at_least=True, needs=("baseline", "data"), fact=True,
     ),
     Gate("max-size", "max_size", "bytes", _BYTES, "2MB or 500kB", fact=True),
+    Gate("max-memory", "max_memory", "bytes", _BYTES, "200MB or 1.5GiB", fact=True),
 )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from prune_onnx.graph_ops.files import write_text
 
 from . import formats
-from .charts import latency_charts, rounds_chart, training_charts
-from .eval_schema import EvalResult
-from .formats import faster, growth, milliseconds, number, percent, points, ratio, size
+from .charts import latency_charts, rounds_chart, trade_off, training_charts
+from .eval_schema import EvalResult, Layer
+from .formats import milliseconds
+from .rows import CONTENDER_CELLS, change_rows, contenders, spent
 from .slim_schema import Group, SlimResult
 
 if TYPE_CHECKING:
@@ -59,86 +59,6 @@ def to_markdown(
     return _template("report.md.j2").render(_view(eval_result, slim_result, train_result, metrics))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure before and after.
-
-    Attributes:
-        label: what it is.
-        before: the baseline's, empty without a baseline.
-        after: the model's.
-        change: from before to after, in words.
-        note: its interval, or what it was measured on.
-        tone: ``good`` or ``bad`` where the change is beyond doubt, else empty.
-        part: after divided by before, for amounts of which less is better.
-    """
-
-    label: str
-    before: str
-    after: str
-    change: str = ""
-    note: str = ""
-    tone: str = ""
-    part: float | None = None
-
-
-def change_rows(result: EvalResult) -> list[Row]:
-    """Return what changed from baseline to model; without a baseline, what the model has."""
-    return [*_accuracy_rows(result), *_latency_rows(result), *_size_rows(result)]
-
-
-def _accuracy_rows(result: EvalResult) -> list[Row]:
-    after, before = result.model.accuracy, result.baseline.accuracy if result.baseline else None
-    if after is None:
-        return []
-    if before is None or result.accuracy_change is None:
-        rows = [Row("Top-1 accuracy", "", percent(after.top1), note=f"{after.samples:,} samples")]
-    else:
-        low, high = result.accuracy_change.ci95
-        tone = "good" if low > 0 else "bad" if high < 0 else ""
-        note = f"{points(low)} to {points(high)}, {after.samples:,} samples"
-        change = points(result.accuracy_change.top1)
-        rows = [Row("Top-1 accuracy", percent(before.top1), percent(after.top1), change, note, tone)]
-    if after.top5 < 1:
-        change = points(after.top5 - before.top5) if before else ""
-        rows.append(Row("Top-5 accuracy", percent(before.top5) if before else "", percent(after.top5), change))
-    return rows
-
-
-def _latency_rows(result: EvalResult) -> list[Row]:
-    after, before = result.model.latency_ms, result.baseline.latency_ms if result.baseline else None
-    low, high = result.speedup.ci95 if result.speedup else after.p50_ci95
-    note = f"{ratio(low)} to {ratio(high)}" if result.speedup else f"{milliseconds(low)} to {milliseconds(high)}"
-    tone = "" if result.speedup is None or low <= 1 <= high else "good" if low > 1 else "bad"
-    rows = []
-    for name, text in (("p50", "median"), ("p90", "p90"), ("p99", "p99")):
-        mine, theirs = getattr(after, name), getattr(before, name) if before else None
-        label = f"Latency, {text}"
-        if theirs is None:
-            rows.append(Row(label, "", milliseconds(mine), note=note if name == "p50" else ""))
-        else:
-            change = faster(theirs / mine)
-            certain = (note, tone, mine / theirs) if name == "p50" else ()
-            rows.append(Row(label, milliseconds(theirs), milliseconds(mine), change, *certain))
-    mine, theirs = result.model.throughput_per_s, result.baseline.throughput_per_s if result.baseline else None
-    texts = (f"{theirs:,.0f} /s", f"{mine:,.0f} /s", faster(mine / theirs)) if theirs else ("", f"{mine:,.0f} /s")
-    return [*rows, Row("Throughput", *texts)]
-
-
-def _size_rows(result: EvalResult) -> list[Row]:
-    rows = []
-    amounts = (("File size", "bytes", size), ("Parameters", "params", number), ("MACs", "macs", number))
-    for label, field, text in amounts:
-        after, before = getattr(result.model, field), getattr(result.baseline, field, None)
-        if before:
-            part = after / before
-            tone = "good" if part < 1 else "bad" if part > 1 else ""
-            rows.append(Row(label, text(before), text(after), growth(part), "", tone, part))
-        else:
-            rows.append(Row(label, "", text(after)))
-    return rows
-
-
 def _view(
     result: EvalResult, slim: SlimResult | None, train: TrainResult | None, metrics: Metrics | None
 ) -> dict[str, Any]:
@@ -146,23 +66,49 @@ def _view(
     rows = change_rows(result)
     shown = ("Top-1 accuracy", "Latency, median", "File size", "MACs")
     groups = slim.groups if slim else []
+    by_operator, by_node = spent(result)
+    several = bool(result.candidates)
+    others = [each.timings[0] for each in result.candidates[1:]]
+    sides = [result.baseline] if result.timings[0].baseline and result.baseline else []
+    names = [Path(each.file).name for each in (*sides, *(judged.model for judged in result.judged))]
+    stored = result.compared_with
     return {
         "result": result,
         "name": Path(result.model.file).name,
         "baseline_name": Path(result.baseline.file).name if result.baseline else None,
+        "several": several,
+        "stored": stored,
+        "stored_words": f"stored result of {stored.date or 'an unknown date'}" if stored else "",
+        "several_threads": len({timing.threads for timing in result.timings}) > 1,
+        "judged_names": [Path(each.model.file).name for each in result.judged],
+        "contenders": contenders(result) if several else [],
+        "contender_cells": CONTENDER_CELLS,
+        "trade_off": trade_off(result) if several else None,
+        "judged": [(Path(each.model.file).name, each.gates) for each in result.judged if each.gates],
+        "by_operator": by_operator,
+        "by_node": by_node[:MOST_NODES],
+        "most_spent": [max((row.most for row in part), default=1.0) or 1.0 for part in (by_operator, by_node)],
+        "layers": result.layers,
+        "widest_layer": max((layer.before for layer in result.layers), default=1),
+        "layers_cut": sum(layer.after < layer.before for layer in result.layers),
         "rows": rows,
         "tiles": [row for row in rows if row.label in shown],
-        "latency": latency_charts(result.timings[0]),
+        "latency": list(zip(names, latency_charts(result.timings[0], others), strict=True)),
         "rounds": rounds_chart(result.timings[0]),
         "slim": slim,
         "groups": groups,
         "widest": max((group.channels for group in groups), default=1),
         "pinned": [group for group in groups if group.pinned_by],
+        "pinned_nodes": {node for group in groups if group.pinned_by for node in group.nodes},
         "train": train,
         "training": training_charts(metrics or []),
         "environment": _environment(result),
         "command": _command(result.environment.get("argv", [])),
     }
+
+
+MOST_NODES = 20
+"""Nodes that the report shows: those that take most."""
 
 
 def _template(name: str) -> Template:
@@ -171,7 +117,7 @@ def _template(name: str) -> Template:
     environment = jinja2.Environment(
         autoescape=name.endswith(".html.j2"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    named = ("milliseconds", "size", "number", "percent", "points", "ratio", "in_unit")
+    named = ("milliseconds", "size", "number", "percent", "points", "ratio", "growth", "in_unit")
     environment.filters.update({name: getattr(formats, name) for name in named}, text_bar=_text_bar, cell=_cell)
     return environment.from_string((resources.files(__package__) / "templates" / name).read_text(encoding="utf-8"))
 
@@ -183,12 +129,16 @@ def _environment(result: EvalResult) -> list[tuple[str, str]]:
     load = facts.get("load_1min")
     pairs = [
         ("Provider", result.provider),
+        *_execution(result),
         ("Threads", str(result.threads or "chosen by ONNX Runtime")),
         ("Batch size", str(timing.batch_size)),
+        ("Opening a session", _opening(result)),
         ("Timed runs", f"{runs} in {len(timing.samples_ms.model)} rounds"),
         ("Data", result.data),
         ("CPU", f"{facts.get('cpu', 'unknown')}, {facts.get('cores', '?')} cores"),
         ("Load before", "" if load is None else f"{load:.2f}"),
+        ("GPU", _gpu(facts.get("gpu") or {})),
+        *((name, str(version)) for name, version in (facts.get("libraries") or {}).items()),
         ("Platform", str(facts.get("platform", ""))),
         ("Python", str(facts.get("python", ""))),
         *((package, version) for package, version in facts.get("versions", {}).items()),
@@ -197,12 +147,44 @@ def _environment(result: EvalResult) -> list[tuple[str, str]]:
     return [(name, text) for name, text in pairs if text]
 
 
+def _execution(result: EvalResult) -> list[tuple[str, str]]:
+    """Return how the models ran, as pairs of name and text."""
+    if (how := result.execution) is None:
+        return []
+    switches = {"TF32 allowed": how.tf32, "float16 allowed": how.fp16, "CUDA graph": how.cuda_graph}
+    parts = [name for name, on in switches.items() if on]
+    if how.layout:
+        parts.append(how.layout.upper())
+    if how.conv_search:
+        parts.append(f"{how.conv_search} search of algorithms")
+    if how.pinned:
+        parts.append(f"threads bound to processors {', '.join(map(str, how.pinned))}")
+    return [("Timed", how.timed), ("Weights", how.precision), ("Execution", ", ".join(parts))]
+
+
+def _gpu(facts: Mapping[str, Any]) -> str:
+    clocks = facts.get("clocks_mhz", {})
+    parts = [
+        str(facts.get("name", "")),
+        f"driver {facts['driver']}" if "driver" in facts else "",
+        f"{clocks['sm']} MHz" if "sm" in clocks else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _opening(result: EvalResult) -> str:
+    sides = [side.creation_ms for side in (result.baseline, result.model) if side and side.creation_ms is not None]
+    return " and ".join(milliseconds(side) for side in sides)
+
+
 def _command(argv: Sequence[str]) -> str:
     return shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else ""
 
 
-def _text_bar(group: Group, width: int = 16) -> str:
-    filled = round(width * group.kept / group.channels) if group.channels else 0
+def _text_bar(item: Group | Layer, width: int = 16) -> str:
+    """Draw the channels kept of a group or a layer."""
+    kept, all_ = (item.kept, item.channels) if isinstance(item, Group) else (item.after, item.before)
+    filled = min(width, round(width * kept / all_)) if all_ else 0
     return "█" * filled + "░" * (width - filled)
 
 

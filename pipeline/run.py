@@ -35,7 +35,7 @@ StageName = Literal["train", "slim", "eval"]
 RESULT = "result.json"
 REPORT = "report.html"
 
-SET_BY_RUN = ("output", "report", "html", "markdown", "force", "resume", "dry_run")
+SET_BY_RUN = ("output", "report", "html", "markdown", "slim_report", "force", "resume", "dry_run")
 """Options of the stages that ``run`` sets itself."""
 
 SHARED = ("seed", "data_dir", "download")
@@ -121,7 +121,9 @@ class RunConfig(BaseModel):
         if self.eval is not None:
             values: dict[str, Any] = {}
             if self.slim:
-                values |= {"model": folders["slim"] / "slim.onnx", "baseline": original}
+                values |= {"model": folders["slim"] / "slim.onnx"}
+                if "compare" not in self.eval:
+                    values["baseline"] = original
             elif original is not None:
                 values["model"] = original
             if self.train is not None and "data" not in self.eval:
@@ -383,7 +385,10 @@ def _eval(stage: Stage, stopped: bool, progress: Progress) -> EvalResult:
     from .report import to_markdown, write_html
     from .train import TrainResult
 
-    result = evaluate(stage.configs[0], progress)
+    config = stage.configs[0]
+    if config.profile is None:  # the report is for people
+        config = config.model_copy(update={"profile": True})
+    result = evaluate(config, progress)
     parts: dict[str, Any] = {"eval_result": result}
     if folder := stage.before.get("slim"):
         parts["slim_result"] = SlimResult.model_validate_json((folder / RESULT).read_bytes())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -55,6 +56,7 @@ def create_session(
     arena: bool = True,
     config: Mapping[str, str] | None = None,
     provider_options: Mapping[str, Any] | None = None,
+    profile: str | Path | None = None,
 ) -> InferenceSession:
     """Open a model in ONNX Runtime on one provider, without any fall-back.
 
@@ -66,6 +68,7 @@ def create_session(
         arena: whether memory is kept for reuse; off, a run gives it back, which is slower and smaller.
         config: ONNX Runtime session configuration entries, such as ``session.force_spinning_stop``.
         provider_options: options of the provider, by ONNX Runtime's names.
+        profile: where the time of every node is written (a prefix of the file's name), when the session ends it.
 
     Raises:
         ConfigError: the provider's name is unknown or ``threads`` is less than one.
@@ -76,7 +79,7 @@ def create_session(
     name = provider_name(provider)
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: give 1 or more.")
-    ort = _onnxruntime()
+    ort = open_runtime()
     if name not in ort.get_available_providers():
         raise ProviderError(
             f"{provider} was asked for, but this onnxruntime {ort.__version__} is built without {name} "
@@ -91,6 +94,8 @@ def create_session(
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if threads is not None:
         options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     entries = dict(config or {})
     if provider != "cpu":
         _preload_cuda()
@@ -194,8 +199,12 @@ def run_session(session: InferenceSession, feed: Mapping[str, np.ndarray]) -> li
 
 
 @functools.cache
-def _onnxruntime() -> ModuleType:
-    """Import onnxruntime, which is slow, and keep its global logger quiet (a missing provider is logged there)."""
+def open_runtime() -> ModuleType:
+    """Import onnxruntime, which is slow, and keep its global logger quiet (a missing provider is logged there).
+
+    Raises:
+        ProviderError: it is not installed, or cannot be loaded.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -207,11 +216,21 @@ def _onnxruntime() -> ModuleType:
 @functools.cache
 def _preload_cuda() -> None:
     """Load the CUDA libraries of torch's and NVIDIA's pip packages, where onnxruntime does not look by itself."""
-    preload = getattr(_onnxruntime(), "preload_dlls", None)
-    if preload is not None:
+    preload = getattr(open_runtime(), "preload_dlls", None)
+    if preload is None:
+        return
+    # NVIDIA's packages, which torch for Linux depends on; then what a build of torch brings in its own folder.
+    for folder in (None, *_torch_libraries()):
         # What it cannot find it prints; the session's failure is diagnosed in one place, below.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
-            preload()
+            preload(directory=folder)
+
+
+def _torch_libraries() -> list[str]:
+    """Return torch's folder of libraries if it holds CUDA's; torch itself, which is slow, is not imported."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(place) / "lib" for place in (spec.submodule_search_locations if spec else None) or ()]
+    return [str(folder) for folder in folders if any(folder.glob("*cudart*")) or any(folder.glob("*cudnn*"))]
 
 
 def _source(model: str | Path | bytes | onnx.ModelProto) -> tuple[str, str | bytes]:
@@ -254,7 +273,7 @@ def _check_placement(session: InferenceSession, provider: str, source: str | byt
 
     Arithmetic on shapes may stay behind: CUDA leaves it on the CPU on purpose, where its few integers live.
     """
-    if provider == "cpu" or not _reports_placement(_onnxruntime()):
+    if provider == "cpu" or not _reports_placement(open_runtime()):
         return
     name = PROVIDERS[provider]
     strays = [

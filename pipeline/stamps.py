@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,11 @@ from .results import Model
 
 FILE = "stage.json"
 
-INCIDENTAL = frozenset(TRAIN_INCIDENTAL) | {"report", "html", "markdown", "github_summary"}
+INCIDENTAL = frozenset(TRAIN_INCIDENTAL) | {"report", "html", "markdown", "github_summary", "engine_cache"}
 """Options that say where files lie and how a stage is run, but do not change what it finds out."""
+
+OWN_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+"""``package.module:function``: a network or a metric of the user's own."""
 
 DATA_SUFFIXES = (".onnx", ".npz", ".npy")
 """Text options that end so, or hold a slash, are files when there is one."""
@@ -129,14 +133,21 @@ def stage_key(name: str, folder: Path, configs: Sequence[BaseModel], files: Fing
 def _essence(config: BaseModel, folder: Path, files: Fingerprints) -> dict[str, Any]:
     """Return the options that count, with contents in the place of paths."""
     values = config.model_dump(exclude=INCIDENTAL & set(type(config).model_fields))
-    for key, value in values.items():
-        text = str(value)
-        is_file = isinstance(value, str) and ("/" in value or text.endswith(DATA_SUFFIXES))
-        if isinstance(value, Path) and folder in value.parents:
-            values[key] = value.name
-        elif isinstance(value, Path) or is_file:
-            values[key] = files.of(Path(text)) or text
-    return values
+    return {key: _content(value, folder, files) for key, value in values.items()}
+
+
+def _content(value: Any, folder: Path, files: Fingerprints) -> Any:
+    """Return the content of the file that an option names, or the option itself."""
+    if isinstance(value, list | tuple):
+        return [_content(item, folder, files) for item in value]
+    if isinstance(value, Path):
+        return value.name if folder in value.parents else files.of(value) or str(value)
+    if not isinstance(value, str):
+        return value
+    if OWN_FUNCTION.fullmatch(value):  # a module in the current folder is a file as well
+        module = Path(value.partition(":")[0].replace(".", "/") + ".py")
+        return [value, files.of(module)]
+    return (files.of(Path(value)) or value) if "/" in value or value.endswith(DATA_SUFFIXES) else value
 
 
 def _hash(values: Any) -> str:

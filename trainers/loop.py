@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prune_onnx.graph_ops.errors import ConfigError, ProviderError, TrainingError
+from prune_onnx.graph_ops.errors import ConfigError, ProviderError, Terminated, TrainingError
 from prune_onnx.graph_ops.files import write_text
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
@@ -93,7 +93,7 @@ def fit(
             checkpoint cannot be used.
         ConfigError: the checkpoint belongs to other options.
         OutputError: the run folder cannot be written.
-        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was saved first.
+        KeyboardInterrupt: SIGINT or (:class:`Terminated`) SIGTERM came; a checkpoint was saved first.
     """
     device = train.labels.device
     schedule = Schedule.of(config, len(train))
@@ -107,6 +107,8 @@ def fit(
         advance(loop.position.epoch * schedule.steps_per_epoch + loop.position.step)
         while loop.position.epoch < config.epochs:
             loop.epoch(stop, advance)
+        if stop:  # it came while the last epoch was measured, after which there is no further step
+            raise _stopped(stop)
     return loop.position.history
 
 
@@ -188,7 +190,7 @@ class _Loop:
                 self.check_state()
                 self.save()
             if stop:
-                raise KeyboardInterrupt
+                raise _stopped(stop)
         at.loss_sum = loss_sum.item()
         self.check_loss()
         self.check_state()
@@ -302,6 +304,10 @@ def _placed(loop: _Loop, device: torch.device) -> Iterator[None]:
         yield
     finally:
         loop.model = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
+
+
+def _stopped(asked: list[int]) -> KeyboardInterrupt:
+    return Terminated() if asked[0] == signal.SIGTERM else KeyboardInterrupt()
 
 
 @contextmanager

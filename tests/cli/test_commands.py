@@ -154,7 +154,8 @@ def test_eval_shows_baseline_model_and_change(invoke: Invoke, judging: Stage) ->
     assert rows["Top-1 accuracy"].split()[2:8] == ["98.00", "%", "97.00", "%", "−1.00", "pp"]
     assert "2.00× faster" in rows["Latency, median"]
     assert "−50.0 %" in rows["File size"]
-    assert any(line.split() == ["8", "2.00", "ms", "1.00", "ms", "2.00×", "unstable"] for line in lines)
+    row = ["8", "2.00", "ms", "1.00", "ms", "8,000", "/s", "2.00×", "unstable"]
+    assert any(line.split() == row for line in lines)
     assert "Note: The machine was busy." in lines
     assert "Python" in lines[-1], "-v shows the environment"
 
@@ -187,6 +188,44 @@ def test_numbers_with_units_and_lists_reach_eval(invoke: Invoke, judging: Stage)
         max_accuracy_drop=0.5, max_size=2e6,
     )  # fmt: skip
     assert judging.configs == [expected]
+
+
+@pytest.mark.parametrize("threads", [("--threads", "1,2"), ("--threads", "1", "--threads", "2")])
+def test_threads_are_swept_like_batch_sizes(invoke: Invoke, judging: Stage, threads: tuple[str, ...]) -> None:
+    invoke("eval", "m.onnx", *threads, "--pin")
+    assert judging.configs == [EvalConfig(model="m.onnx", threads=(1, 2), pin=True)]
+
+
+def test_options_of_a_gpu_reach_eval(invoke: Invoke, judging: Stage) -> None:
+    invoke("eval", "m.onnx", "--provider", "cuda", "--cuda-layout", "nhwc", "--no-tf32", "--conv-search", "heuristic",
+           "--cuda-graph")  # fmt: skip
+    invoke("eval", "m.onnx", "--provider", "tensorrt", "--fp16", "--engine-cache", "engines", "--cuda-graph")
+    assert judging.configs == [
+        EvalConfig(model="m.onnx", provider="cuda", cuda_layout="nhwc", tf32=False, conv_search="heuristic",
+                   cuda_graph=True),
+        EvalConfig(model="m.onnx", provider="tensorrt", fp16=True, engine_cache="engines", cuda_graph=True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cuda-graph"], "cuda_graph is an option of provider cuda and tensorrt, not of cpu"),
+        (["--cuda-layout", "nhwc"], "cuda-layout is an option of provider cuda, not of cpu"),
+        (["--provider", "cuda", "--fp16"], "fp16 is an option of provider tensorrt, not of cuda"),
+        (["--provider", "tensorrt", "--no-tf32"], "tf32 is an option of provider cuda, not of tensorrt"),
+        (["--provider", "cuda", "--pin"], "pin is an option of provider cpu, not of cuda"),
+        (["--threads", "0"], "--threads"),
+        (["--threads", "two"], "--threads"),
+    ],
+)
+def test_options_that_the_provider_has_not_are_refused(
+    invoke: Invoke, judging: Stage, arguments: list[str], message: str
+) -> None:
+    result = invoke("eval", "m.onnx", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not judging.configs
 
 
 def test_lambda_is_a_flag_of_train(invoke: Invoke, training: Stage) -> None:

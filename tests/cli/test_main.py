@@ -19,6 +19,7 @@ from prune_onnx.cli import main
 from prune_onnx.cli.main import COMMANDS, program
 from prune_onnx.graph_ops import errors
 from prune_onnx.pipeline import slim
+from prune_onnx.pipeline.slim_schema import SlimResult
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / ".typing")}
@@ -64,7 +65,7 @@ def test_a_users_mistake_is_its_message_and_its_exit_code(failing: Callable, err
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "Interrupted.\n"),
-        (main.Terminated(), 143, "Terminated.\n"),
+        (errors.Terminated(), 143, "Terminated.\n"),
         (MemoryError(), 1, "Error: out of memory. "),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "Error: out of memory. "),
         (OSError(errno.ENOSPC, "No space left on device", "x.onnx"), 1, "Error: the disk is full at x.onnx. "),
@@ -198,7 +199,38 @@ def test_a_signal_ends_the_program_with_one_line(name: str, code: int, said: str
     assert (process.returncode, stderr) == (code, f"{said}\n")
 
 
-def test_the_signal_handler_is_put_back(failing: Callable) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(("name", "code", "said"), [("SIGINT", 130, "Interrupted."), ("SIGTERM", 143, "Terminated.")])
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_a_signal_that_a_library_turns_into_something_else_still_ends_the_program(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, slim_result: SlimResult, name: str, code: int, said: str,
+    swallowed: bool,
+) -> None:  # fmt: skip
+    def work(*_: object) -> SlimResult:
+        try:
+            signal.raise_signal(signal.Signals[name])
+        except KeyboardInterrupt:
+            if not swallowed:
+                raise ImportError("cannot import the C extension") from None
+        return slim_result
+
+    monkeypatch.setattr(slim, "slim", work)
+    result = invoke("slim", "in.onnx", "out.onnx")
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-1] == said
+
+
+def test_an_interrupt_while_the_command_line_is_read_is_one_too(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.Program, "parse_args", interrupted)
+    result = invoke("--version")
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+def test_the_signal_handlers_are_put_back(failing: Callable) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     failing(errors.ModelError("broken"))
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from prune_onnx.graph_ops import preprocessing
 from prune_onnx.graph_ops.errors import ConfigError, DataError, ModelError, OutputError, ProviderError
 from prune_onnx.graph_ops.preprocessing import Preprocessing
 from prune_onnx.graph_ops.progress import Progress
-from prune_onnx.pipeline import bench, evaluate
+from prune_onnx.pipeline import bench, environment, evaluate, execution, memory
+from prune_onnx.pipeline.bench import Series
 from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult
 from prune_onnx.pipeline.evaluate import evaluate as run_evaluate
+from prune_onnx.pipeline.execution import Execution
+from prune_onnx.pipeline.sessions import create_session
 
 QUICK = {"min_time": 0.002, "min_runs": 4, "warmup": 1, "threads": 1}
 CLASSES = 6
@@ -41,6 +46,12 @@ def data(tmp_path: Path) -> Path:
     path = tmp_path / "data.npz"
     np.savez(path, x=x, y=y)
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the memory, which takes a process for every model."""
+    monkeypatch.setattr(memory, "can_tell", lambda: False)
 
 
 def run(model: Path, **options: Any) -> EvalResult:
@@ -93,14 +104,107 @@ def test_figures_are_the_models(save_linear: Save, data: Path) -> None:
 
 def test_batch_sizes_are_timed_one_by_one(save_linear: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = bench.session_runner
-    monkeypatch.setattr(bench, "session_runner", lambda model, feed, *rest: seen.append(feed["x"].shape) or real(
-        model, feed, *rest))  # fmt: skip
+    real = Execution.runner
+    monkeypatch.setattr(Execution, "runner", lambda self, model, feed: seen.append(feed["x"].shape) or real(
+        self, model, feed))  # fmt: skip
     result = run(save_linear("m.onnx", EYE), batch_size=(2, 5))
     assert [timing.batch_size for timing in result.timings] == [2, 5]
     assert set(seen) == {(2, CLASSES), (5, CLASSES)}
     assert result.model.macs == CLASSES**2
     assert result.model.throughput_per_s == pytest.approx(2e3 / result.timings[0].model.mean)
+
+
+def test_threads_are_swept_too_and_the_first_ones_count(save_linear: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = Execution.session
+    monkeypatch.setattr(Execution, "session", lambda self, *rest: seen.append(self.threads) or real(self, *rest))
+    result = run(save_linear("m.onnx", EYE), threads=(2, 1), batch_size=(1, 4))
+    assert [(each.threads, each.batch_size) for each in result.timings] == [(2, 1), (2, 4), (1, 1), (1, 4)]
+    assert set(seen) == {1, 2}
+    assert result.threads == 2
+    assert result.model.latency_ms == result.timings[0].model
+    assert run(save_linear("m.onnx", EYE), threads=1).threads == 1  # as a configuration file may say it
+
+
+def test_what_a_run_and_a_session_take_is_told(save_linear: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    result = run(save_linear("m.onnx", EYE), baseline=save_linear("b.onnx", np.ones((CLASSES, 10**6))[:, :CLASSES]))
+    for side in (result.model, result.baseline):
+        assert side is not None
+        assert side.creation_ms is not None
+        assert 0 < side.creation_ms < 1e4
+        assert side.latency_ms.cpu_ms is not None
+        assert 0 < side.latency_ms.cpu_ms < 1e3
+        assert side.copies_ms is None
+        if memory.can_tell():
+            assert side.peak_memory is not None
+            assert 0 < side.peak_memory.host_bytes < 1e8
+            assert side.peak_memory.device_bytes is None
+    facts = result.execution
+    assert facts is not None
+    assert (facts.timed, facts.precision, facts.tf32, facts.layout) == ("host to host", "float", None, None)
+    assert "gpu" not in result.environment
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind threads")
+def test_pinned_threads_are_told_and_freed(save_linear: Save) -> None:
+    before = os.sched_getaffinity(0)
+    result = run(save_linear("m.onnx", EYE), threads=1, pin=True)
+    assert result.execution is not None
+    assert result.execution.pinned == [min(before)]
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(ConfigError, match="--pin: 10000 threads"):
+        run(save_linear("m.onnx", EYE), threads=10_000, pin=True)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_gpu_is_timed_from_device_to_device_and_all_that_matters_is_recorded(
+    provider: str, save_linear: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU in the place of the GPU."""
+    opened = []
+
+    def session(self: Execution, model: Path, feed: Any = None) -> Any:
+        opened.append((self.cuda_graph, feed is not None))
+        return create_session(model)
+
+    monkeypatch.setattr(Execution, "session", session)
+    monkeypatch.setattr(execution, "device_runner", functools.partial(execution.device_runner, device="cpu"))
+    monkeypatch.setattr(evaluate, "copy_times", functools.partial(evaluate.copy_times, device="cpu"))
+    facts = {"name": "Card", "slowed_by": ["temperature"]}
+    monkeypatch.setattr(environment, "gpu_facts", lambda: facts)
+    monkeypatch.setattr(environment, "library_versions", lambda: {"cudnn": "9.1.0"})
+    cuda = {"cuda_layout": "nhwc", "tf32": False} if provider == "cuda" else {"engine_cache": tmp_path / "engines"}
+    model = save_linear("m.onnx", EYE)
+    result = run(model, baseline=save_linear("b.onnx", EYE), provider=provider, cuda_graph=True, **cuda)
+    # What counts right answers is not recorded as a graph: its batches have several sizes.
+    assert opened[:2] == [(False, False)] * 2
+    assert set(opened[2:]) == {(True, True)}
+    for side in (result.model, result.baseline):
+        assert side is not None
+        assert side.copies_ms is not None
+        assert min(side.copies_ms.to_device, side.copies_ms.to_host) > 0
+    told = result.execution
+    assert told is not None
+    assert (told.timed, told.cuda_graph) == ("device to device", True)
+    if provider == "cuda":
+        assert (told.layout, told.tf32, told.conv_search) == ("nhwc", False, "exhaustive")
+        assert told.options["prefer_nhwc"] == told.options["enable_cuda_graph"] == "1"
+    else:
+        assert told.options["trt_engine_cache_enable"] == "True"
+    assert result.environment["gpu"] == result.environment["gpu_after"] == facts
+    assert result.environment["libraries"] == {"cudnn": "9.1.0"}
+    assert any("GPU lowered its clocks: temperature" in hint for hint in result.hints)
+
+
+def test_control_flow_is_refused_before_any_work(tmp_path: Path) -> None:
+    path = tmp_path / "if.onnx"
+    text = """<ir_version: 9, opset_import: ["" : 17]> g (bool c, float[3] x) => (float[3] y) {
+        [choice] y = If (c) <then_branch = a () => (float[3] p) { p = Relu(x) },
+                             else_branch = b () => (float[3] q) { q = Neg(x) }> }"""
+    onnx.save(parser.parse_model(text), path)
+    with pytest.raises(ConfigError, match=r"choice \(If\)"):
+        run(path, provider="cuda", cuda_graph=True)
 
 
 def test_model_of_fixed_batch_is_fed_as_it_wants(save_linear: Save, data: Path) -> None:
@@ -199,16 +303,17 @@ def test_a_drop_that_the_samples_cannot_tell_from_the_limit_is_inconclusive(save
     assert "31 samples are too few" in " ".join(result.hints)
 
 
-def steps(seconds: float) -> list[np.ndarray]:
-    return [np.full(10, seconds)] * 20
+def steps(*seconds: float) -> Series:
+    rounds = [np.full(10, t) for t in seconds * (20 // len(seconds))]
+    return Series(rounds, [1.0] * 20, [1.0])
 
 
 @pytest.mark.parametrize(
     ("mine", "theirs", "verdict"),
     [
         (steps(1.0), steps(2.0), "passed"),
-        ([np.full(10, t) for t in [1.0, 3.0] * 10], steps(2.0), "inconclusive"),
-        ([np.full(10, t) for t in [1.0, 3.0] * 10], [np.full(10, 2 * t) for t in [1.0, 3.0] * 10], "passed"),
+        (steps(1.0, 3.0), steps(2.0), "inconclusive"),
+        (steps(1.0, 3.0), steps(2.0, 6.0), "passed"),
     ],
     ids=["steady", "noisy", "noisy-together"],
 )
@@ -258,7 +363,7 @@ def test_existing_outputs_are_refused_before_any_work(
     def no_work(*_: object, **__: object) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(evaluate, "create_session", no_work)
+    monkeypatch.setattr(evaluate.Execution, "session", no_work)
     model, there = save_linear("m.onnx", EYE), tmp_path / "there"
     there.write_text("precious")
     with pytest.raises(OutputError, match="exists already"):

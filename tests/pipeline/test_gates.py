@@ -71,7 +71,8 @@ def test_every_example_is_a_limit_of_its_gate() -> None:
 def test_every_gate_is_an_option_and_parses_there() -> None:
     for gate in GATES:
         given_limit = EvalConfig.model_validate(
-            {"model": "m.onnx", "baseline": "b.onnx", "dataset": "digits", gate.field: gate.example.split(" ")[0]}
+            {"model": "m.onnx", "baseline": "b.onnx", "dataset": "digits", "metric": "m:f"}
+            | {gate.field: gate.example.split(" ")[0]}
         )
         assert getattr(given_limit, gate.field) == gate.parse(gate.example.split(" ")[0])
         with pytest.raises(ConfigError, match=f"--{gate.name} nonsense"):

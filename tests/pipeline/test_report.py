@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import doctest
 import html.parser
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +18,27 @@ from hypothesis import strategies as st
 
 from prune_onnx.graph_ops.errors import OutputError
 from prune_onnx.pipeline import formats
-from prune_onnx.pipeline.charts import latency_charts, rounds_chart, training_charts
+from prune_onnx.pipeline.charts import latency_charts, rounds_chart, trade_off, training_charts
 from prune_onnx.pipeline.eval_schema import (
     Accuracy,
     AccuracyChange,
     Agreement,
+    Candidate,
     EvalResult,
     GateResult,
     Latency,
+    Layer,
     Measured,
+    MetricChange,
+    NodeTime,
+    Profile,
     Speedup,
+    Stored,
     Timing,
     TimingSamples,
 )
-from prune_onnx.pipeline.report import change_rows, to_markdown, write_html
+from prune_onnx.pipeline.report import to_markdown, write_html
+from prune_onnx.pipeline.rows import change_rows, spent
 from prune_onnx.pipeline.slim_schema import Cost, Group, Removed, SlimResult, Verification
 from prune_onnx.pipeline.train import TrainResult
 
@@ -148,6 +158,44 @@ def slim_result(count: int = 19) -> SlimResult:
     )
 
 
+def several(*, baseline: bool = True, **changes: Any) -> EvalResult:
+    """Three models on one baseline, the last beaten by the first."""
+    result = eval_result(baseline=baseline, gates=GATES, verdict="failed", **changes)
+    candidates = []
+    for number, (factor, top1) in enumerate(((1.0, 0.9142), (0.6, 0.88), (1.4, 0.9))):
+        own = result.model.latency_ms
+        ends = (own.p50_ci95[0] * factor, own.p50_ci95[1] * factor)
+        latency_ms = own.model_copy(update={"p50": own.p50 * factor, "p50_ci95": ends})
+        accuracy = Accuracy(top1=top1, top5=0.99, samples=10_000)
+        shown = {"file": f"runs/model{number}.onnx", "latency_ms": latency_ms, "accuracy": accuracy}
+        change = AccuracyChange(top1=top1 - 0.9173, ci95=(top1 - 0.92, top1 - 0.915)) if baseline else None
+        candidates.append(
+            Candidate(
+                model=result.model.model_copy(update=shown),
+                speedup=result.speedup,
+                accuracy_change=change,
+                metric_change=None,
+                agreement=result.agreement,
+                timings=result.timings,
+                gates=GATES[: number + 1],
+                verdict="failed",
+                on_front=number < 2,
+            )
+        )
+    return result.model_copy(update={"candidates": candidates})
+
+
+WIDTHS = [16, 16, 16, 32, 32, 32, 64, 64, 64]
+LAYERS = [Layer(name=f"conv{i}", op_type="Conv", before=n, after=n - 3 * i // 2) for i, n in enumerate(WIDTHS)]
+PROFILE = Profile(
+    runs=20,
+    model=[NodeTime(name="conv1", op_type="Conv", ms=0.2), NodeTime(name="reorder", op_type="ReorderInput", ms=0.01)],
+    baseline=[NodeTime(name="conv1", op_type="Conv", ms=0.5), NodeTime(name="conv|2", op_type="Conv", ms=0.1)],
+)
+STORED = Stored(file="earlier.json", date="2026-01-01T00:00:00+00:00", differences=["cores 4 there, 2 here"])
+METRIC = MetricChange(name="scores:dice", value=-0.0123, ci95=(-0.02, -0.004))
+
+
 def train_result() -> TrainResult:
     return TrainResult(
         seconds=61.0,
@@ -209,6 +257,10 @@ EVERYTHING = [
     {"eval_result": eval_result(), "slim_result": slim_result(), "train_result": train_result(), "metrics": EPOCHS},
     {"eval_result": eval_result(), "slim_result": slim_result(200), "metrics": EPOCHS[:1]},
     {"eval_result": eval_result(threads=None, environment={}), "slim_result": slim_result(0)},
+    {"eval_result": several(layers=LAYERS, profile=PROFILE)},
+    {"eval_result": several(baseline=False), "slim_result": slim_result()},
+    {"eval_result": eval_result(compared_with=STORED, layers=LAYERS, metric_change=METRIC)},
+    {"eval_result": eval_result(baseline=False, profile=PROFILE.model_copy(update={"baseline": None}))},
 ]
 
 
@@ -260,6 +312,98 @@ def test_page_and_markdown_tell_the_same_figures(tmp_path: Path) -> None:
     for fact in figures + facts:
         assert fact in html_text, fact
         assert fact in markdown, fact
+
+
+def test_several_models_are_told_alike_on_page_and_in_markdown(tmp_path: Path) -> None:
+    parts = {"eval_result": several(layers=LAYERS, profile=PROFILE)}
+    html_text, markdown = page(tmp_path / "r.html", **parts).text, to_markdown(**parts)
+    names = ("model0.onnx", "model1.onnx", "model2.onnx")
+    for fact in (*names, "88.00 %", "conv8", "ReorderInput", "0.600 ms", "0.200 ms"):
+        assert fact in html_text, fact
+        assert fact in markdown, fact
+    rows = [line for line in markdown.splitlines() if line.startswith("| model")]
+    assert ["●" in row for row in rows[1:]] == [True, True, False]
+
+
+def test_a_stored_result_is_named_with_what_differs(tmp_path: Path) -> None:
+    parts = {"eval_result": eval_result(compared_with=STORED)}
+    for text in (page(tmp_path / "r.html", **parts).text, to_markdown(**parts)):
+        assert "stored result of 2026-01-01" in text
+        assert "cores 4 there, 2 here" in text
+
+
+def test_a_metric_is_a_row_with_its_interval() -> None:
+    result = eval_result(metric_change=METRIC)
+    result.model.metric, result.baseline.metric = 0.8, 0.8123  # type: ignore[union-attr]
+    (row,) = [row for row in change_rows(result) if row.label == "Metric"]
+    assert (row.before, row.after, row.change, row.tone) == ("0.8123", "0.8", "−0.0123", "bad")
+    assert row.note == "−0.02 to −0.004, scores:dice"
+
+
+def test_time_of_operators_is_the_sum_of_their_nodes() -> None:
+    by_operator, by_node = spent(eval_result(profile=PROFILE))
+    assert [(row.op_type, row.before, row.after) for row in by_operator] == [
+        ("Conv", pytest.approx(0.6), 0.2),
+        ("ReorderInput", None, 0.01),
+    ]
+    assert [row.name for row in by_node] == ["conv1", "conv|2", "reorder"]
+
+
+def test_the_trade_off_plot_has_every_model_where_it_belongs() -> None:
+    plot = trade_off(several())
+    assert plot is not None
+    places = {point.label: point for point in plot.points}
+    assert [places[name].kind for name in ("base.onnx", "model0.onnx", "model1.onnx", "model2.onnx")] == [
+        "baseline", "front", "front", "model"]  # fmt: skip
+    assert places["model1.onnx"].x < places["model0.onnx"].x < places["model2.onnx"].x < places["base.onnx"].x
+    assert places["base.onnx"].y < places["model0.onnx"].y < places["model2.onnx"].y < places["model1.onnx"].y
+    ends = [end for point in plot.points for end in (point.x, point.y, *point.across, *(point.along or ()))]
+    assert all(0 <= end <= 100 for end in ends)
+    steps = coordinates(plot.front)
+    assert (np.diff(steps[:, 0]) >= 0).all()
+    assert (np.diff(steps[:, 1]) <= 0).all()
+    assert trade_off(eval_result(baseline=False)) is None
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to render with")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_chromium_renders_without_an_error_or_a_request_and_nothing_is_cut_off(width: int, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    parts = {"slim_result": slim_result(), "train_result": train_result(), "metrics": EPOCHS}
+    result = several(layers=LAYERS, profile=PROFILE, hints=["Measure longer."], batch_sizes=(1, 8))
+    write_html(tmp_path / "r.html", eval_result=result, **parts)
+    # The page itself has no scripts; this one opens all that is folded and tells how wide the content is. A frame is
+    # as narrow as a phone, which a window cannot be.
+    probe = (
+        "<script>addEventListener('load', () => { document.querySelectorAll('details').forEach(d => d.open = true);"
+        "parent.postMessage(document.documentElement.scrollWidth + ' of ' + innerWidth, '*'); })</script></body>"
+    )
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    (tmp_path / "inner.html").write_text(source.replace("</body>", probe), encoding="utf-8")
+    (tmp_path / "outer.html").write_text(
+        "<!doctype html><link rel='icon' href='data:,'><title></title>"
+        "<script>addEventListener('message', event => { document.title = event.data; })</script>"
+        f"<iframe src='inner.html' style='width:{width}px;height:3000px;border:0'></iframe>"
+    )
+    log = tmp_path / "net.json"
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'user'}",
+         "--window-size=1300,3100", "--enable-logging=stderr", f"--log-net-log={log}", "--virtual-time-budget=1000",
+         "--dump-dom", (tmp_path / "outer.html").as_uri()],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    content, window = map(int, re.search(r"<title>(\d+) of (\d+)</title>", done.stdout).groups())  # type: ignore[union-attr]
+    assert content <= window == width
+    events = json.loads(log.read_text())["events"]
+    asked = {str(event.get("params", {}).get("url", "")) for event in events} - {""}
+    ours = {url for url in asked if not re.match(r"https?://[\w.]*(google|gstatic|googleapis|gvt1)\.com/", url)}
+    assert not [url for url in ours if not url.startswith(("file:", "data:", "chrome", "devtools", "about:"))]
 
 
 def test_names_are_shown_not_interpreted(tmp_path: Path) -> None:

@@ -398,7 +398,7 @@ def test_steps_in_one_result_go_from_the_first_to_the_last(tmp_path: Path) -> No
     assert whole.notes == ["x", "y"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda path: path.name)
 def test_the_examples_are_valid(path: Path) -> None:
     assert parse(RunConfig, load_toml(path), path.name).stages()
 

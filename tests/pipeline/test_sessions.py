@@ -161,7 +161,7 @@ def runtime(placed: dict[str, list[Any]] | None, *, providers: list[str], availa
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(fake: Any) -> None:
-        monkeypatch.setattr(sessions, "_onnxruntime", lambda: fake)
+        monkeypatch.setattr(sessions, "open_runtime", lambda: fake)
         monkeypatch.setattr(sessions, "_preload_cuda", lambda: None)
 
     return install

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune_onnx.graph_ops.errors import ConfigError, ProviderError, TrainingError
+from prune_onnx.graph_ops.errors import ConfigError, ProviderError, Terminated, TrainingError
 from prune_onnx.graph_ops.progress import SILENT, Progress
 from prune_onnx.trainers import checkpoint, loop
 from prune_onnx.trainers.batches import Batches
@@ -285,8 +285,9 @@ def test_signal_saves_after_the_step_and_stops(tmp_path: Path, number: int, at: 
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     plainly(tmp_path / "whole", model=whole)
-    with handlers_untouched(), pytest.raises(KeyboardInterrupt):
+    with handlers_untouched(), pytest.raises(KeyboardInterrupt) as caught:
         plainly(tmp_path / "cut", stopped)
+    assert isinstance(caught.value, Terminated) == (number == signal.SIGTERM)
     assert len(stopped.rates) == at
     position = checkpoint.read(tmp_path / "cut" / "checkpoint.pt")["position"]
     assert position["epoch"] * STEPS + position["step"] == at

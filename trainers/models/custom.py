@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from prune_onnx.graph_ops.errors import ConfigError, PruneOnnxError
-from prune_onnx.graph_ops.registry import close_matches
+from prune_onnx.graph_ops.plugins import current_folder_first, find_function, said
 
 
 def build_custom(name: str, num_classes: int, in_shape: tuple[int, int, int], width: float) -> nn.Module:
@@ -30,8 +25,8 @@ def build_custom(name: str, num_classes: int, in_shape: tuple[int, int, int], wi
     Raises:
         ConfigError: no such module or factory, or it fails, or it returns no ``nn.Module``.
     """
-    with _current_folder_first():
-        factory = _find(name)
+    with current_folder_first():
+        factory = find_function(name, "model", "factory")
         keywords: dict[str, Any] = {"in_shape": in_shape} | ({"width": width} if width != 1 else {})
         try:
             inspect.signature(factory).bind(num_classes, **keywords)
@@ -47,35 +42,7 @@ def build_custom(name: str, num_classes: int, in_shape: tuple[int, int, int], wi
         except PruneOnnxError:
             raise
         except Exception as error:
-            raise ConfigError(f"model {name!r} fails: {_say(error)}.") from error
+            raise ConfigError(f"model {name!r} fails: {said(error)}.") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {name!r} must return a torch.nn.Module, not {type(model).__name__}.")
     return model
-
-
-def _find(name: str) -> Any:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # whatever the user's module does when it is imported
-        raise ConfigError(f"cannot import {module_name!r} of model {name!r}: {_say(error)}.") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"module {module_name!r} has no factory {attribute!r}.{close_matches(attribute, known)}")
-    return factory
-
-
-@contextmanager
-def _current_folder_first() -> Iterator[None]:
-    # An installed command does not have the current folder on its path, as "python -m" would.
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")
