@@ -49,7 +49,7 @@ def main() -> None:
         session.run(None, feed)
     after = device_memory() if device is not None else None
     found = {"host": status("VmHWM") - host, "device": None if device is None or after is None else after - device}
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found))
 
 
 def status(key: str) -> int:

@@ -16,7 +16,7 @@ from click.testing import Result
 from prune_onnx.graph_ops.importance import CRITERIA
 from prune_onnx.graph_ops.progress import Progress
 from prune_onnx.pipeline import evaluate, run, slim, train
-from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult
+from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult, GateResult, NodeTime, Profile, Stored
 from prune_onnx.pipeline.run import RunConfig, RunResult, StageOutcome
 from prune_onnx.pipeline.slim_schema import SlimConfig, SlimResult
 from prune_onnx.pipeline.train import TrainResult
@@ -166,6 +166,41 @@ def test_eval_of_one_model_shows_no_empty_columns(invoke: Invoke, judging: Stage
     )
     lines = invoke("eval", "slim.onnx").stdout.splitlines()
     assert lines[0].split() == ["model", "95", "%", "interval"]
+
+
+def test_several_models_are_a_row_each_with_their_gates(invoke: Invoke, judging: Stage) -> None:
+    gate = {"name": "min-speedup", "limit": 1.3, "value": 2.0, "ci95": (1.9, 2.1), "unit": "x", "passed": True}
+    one = judging.result
+    first = one.judged[0].model_copy(update={"gates": [GateResult(**gate, verdict="passed")]})
+    slower = one.model.model_copy(update={"file": "other.onnx"})
+    second = first.model_copy(update={"model": slower, "on_front": False, "verdict": "failed", "gates": []})
+    judging.result = one.model_copy(update={"candidates": [first, second]})
+    result = invoke("eval", "slim.onnx", "other.onnx", "more.onnx", "--baseline", "base.onnx")
+    assert judging.configs[0].models == (Path("slim.onnx"), Path("other.onnx"), Path("more.onnx"))
+    lines = result.stdout.splitlines()
+    assert "top-1 accuracy" in lines[0]
+    rows = {line.split()[0]: line for line in lines[1:4]}
+    assert list(rows) == ["base.onnx", "slim.onnx", "other.onnx"]
+    assert "baseline" in rows["base.onnx"]
+    assert rows["slim.onnx"].rstrip().endswith("on the front")
+    assert rows["other.onnx"].rstrip().endswith("failed")
+    assert [line.split()[0] for line in lines].count("min-speedup") == 1
+    assert "Note: The machine was busy." in lines
+
+
+def test_profile_and_stored_result_are_shown(invoke: Invoke, judging: Stage) -> None:
+    times = [NodeTime(name="conv1", op_type="Conv", ms=0.5), NodeTime(name="conv2", op_type="Conv", ms=0.25)]
+    judging.result = judging.result.model_copy(
+        update={
+            "profile": Profile(runs=5, model=times[:1], baseline=times),
+            "compared_with": Stored(file="main.json", date="2026-01-01", differences=[]),
+        }
+    )
+    short = invoke("eval", "slim.onnx", "--compare", "main.json").stdout.splitlines()
+    assert ["Conv", "0.750", "ms", "0.500", "ms"] in [line.split() for line in short]
+    assert "The baseline is the result in main.json (2026-01-01)." in short
+    long = invoke("eval", "slim.onnx", "--compare", "main.json", "-v").stdout
+    assert "conv2 (Conv)" in long
 
 
 # --- what the stage is given ---

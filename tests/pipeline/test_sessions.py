@@ -205,6 +205,33 @@ def test_an_onnxruntime_that_does_not_tell_placement_is_forbidden_to_fall_back(u
     assert session.options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
 
 
+def test_cuda_is_preloaded_from_nvidias_packages_and_from_torchs_own_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str | None] = []
+
+    def preload(directory: str | None = None) -> None:
+        asked.append(directory)
+        print("Failed to load libcudnn.so.9")
+        raise OSError("not there either")
+
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "torch")])
+    monkeypatch.setattr(sessions.importlib.util, "find_spec", lambda name: spec if name == "torch" else None)
+    monkeypatch.setattr(sessions, "open_runtime", lambda: types.SimpleNamespace(preload_dlls=preload))
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    sessions._preload_cuda.__wrapped__()
+    assert asked == [None]
+    (tmp_path / "torch" / "lib" / "libcudnn.so.9").touch()
+    sessions._preload_cuda.__wrapped__()
+    assert asked == [None, None, str(tmp_path / "torch" / "lib")]
+    assert capsys.readouterr().out == ""
+    # Versions that cannot preload, and machines without torch, are none of this function's business.
+    monkeypatch.setattr(sessions, "open_runtime", types.SimpleNamespace)
+    sessions._preload_cuda.__wrapped__()
+    monkeypatch.setattr(sessions.importlib.util, "find_spec", lambda name: None)
+    assert sessions._torch_libraries() == []
+
+
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_missing_gpu_libraries_are_named_and_nothing_is_printed(
     provider: str, capfd: pytest.CaptureFixture[str]

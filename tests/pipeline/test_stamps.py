@@ -94,6 +94,28 @@ def test_the_key_follows_the_content_of_the_input_not_its_place(tmp_path: Path) 
     assert key(tmp_path) != before
 
 
+def test_the_key_follows_every_one_of_several_models_and_the_metrics_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    source = tmp_path / "own" / "scores.py"
+    source.parent.mkdir()
+
+    def eval_key() -> str:
+        config = EvalConfig(model=tmp_path / "m.onnx", more=more, data="x.npz", metric="own.scores:dice")
+        return stage_key("eval", tmp_path / "out", [config], Fingerprints())
+
+    keys = [eval_key()]
+    for path in (more[1], source):
+        path.write_bytes(b"content")
+        keys.append(eval_key())
+        path.write_bytes(b"other content")
+        keys.append(eval_key())
+    assert len(set(keys)) == len(keys)
+    assert eval_key() == keys[-1]
+
+
 def test_the_key_follows_the_content_of_data_given_as_text(tmp_path: Path) -> None:
     def eval_key() -> str:
         config = EvalConfig(model=tmp_path / "m.onnx", data=str(tmp_path / "x.npz"))

@@ -280,8 +280,8 @@ def test_own_factory_gets_the_width_it_knows(user_module):
     ("their_nets:nothing", 1.0, "cannot be called"),
     ("their_nets:plian", 1.0, "Did you mean 'plain'"),
     ("their_nets:calls", 1.0, "no factory 'calls'"),
-    ("their_nets:", 1.0, "no factory ''"),
-    (":plain", 1.0, "cannot import ''"),
+    ("their_nets:", 1.0, "give package.module:factory"),
+    (":plain", 1.0, "give package.module:factory"),
     ("their_nots:plain", 1.0, "No module named 'their_nots'"),
     ("their_faulty:plain", 1.0, "No module named 'module_that_is_not_there'"),
 ])  # fmt: skip
