@@ -232,7 +232,17 @@ def test_the_recipe_that_was_given_stays_in_the_model(tmp_path) -> None:
         "output": tmp_path / "out.onnx",
         "calibration": str(tmp_path / "data.npy"),
     }
-    slim(SlimConfig(**options, keep_macs=0.6, align=1, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3)))
+    slim(
+        SlimConfig(
+            **options,
+            keep_macs=0.6,
+            align=1,
+            criterion="l2",
+            compensate="none",
+            mean=(0.4, 0.5, 0.6),
+            std=(0.2, 0.2, 0.3),
+        )
+    )
     expected = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.2, 0.3), size=(8, 8), layout="NHWC")
     assert preprocessing.read(onnx.load(tmp_path / "out.onnx")) == expected
 
@@ -245,7 +255,7 @@ def test_the_models_own_recipe_is_not_replaced(tmp_path) -> None:
         "output": tmp_path / "out.onnx",
         "calibration": str(tmp_path / "data.npy"),
     }
-    slim(SlimConfig(**options, keep_macs=0.6, align=1, mean=(0.0,), std=(1.0,)))
+    slim(SlimConfig(**options, keep_macs=0.6, align=1, criterion="l2", compensate="none", mean=(0.0,), std=(1.0,)))
     assert preprocessing.read(onnx.load(tmp_path / "out.onnx")) == RECIPE
 
 

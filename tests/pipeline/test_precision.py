@@ -26,8 +26,17 @@ from .test_posttraining import images, residual_net
 def run(tmp_path: Path, **options) -> SlimResult:
     onnx.save(residual_net(bn=True, dynamic=options.pop("dynamic", True)), tmp_path / "in.onnx")
     np.savez(tmp_path / "data.npz", x=images(48))
-    given = {"input": tmp_path / "in.onnx", "output": tmp_path / "out.onnx", "calibration": str(tmp_path / "data.npz"),
-             "keep_macs": 0.7, "align": 1, "report": tmp_path / "r.json", **options}  # fmt: skip
+    given = {
+        "input": tmp_path / "in.onnx",
+        "output": tmp_path / "out.onnx",
+        "calibration": str(tmp_path / "data.npz"),
+        "keep_macs": 0.7,
+        "align": 1,
+        "criterion": "l2",
+        "compensate": "none",
+        "report": tmp_path / "r.json",
+        **options,
+    }
     return slim(SlimConfig(**given))
 
 
