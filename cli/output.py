@@ -140,6 +140,14 @@ def show_slim(console: Console, result: SlimResult) -> None:
         table.add_row(label, form(before), form(after), growth(after / before) if before else "")
     console.out.print(table)
     _show_groups(console, result.groups)
+    if latency := result.latency:
+        where = [latency.provider, *([f"{latency.threads} threads"] if latency.threads else [])]
+        before, after = milliseconds(latency.original_ms), milliseconds(latency.measured_ms)
+        console.say(
+            f"Latency: {before} to {after} ({percent(latency.measured_ms / latency.original_ms)} of it; asked for "
+            f"{milliseconds(latency.asked_ms)}), {', '.join(where)}, batch {latency.batch_size}; "
+            f"{latency.rounds} plans timed."
+        )
     kind = "would be removed" if result.dry_run else "removed"
     console.say(f"{result.removed.channels:,} channels of {result.removed.groups:,} groups {kind} ({result.budget}).")
     if check := result.verification:

@@ -15,6 +15,7 @@ Examples:
   prune-onnx slim model.onnx small.onnx --keep-macs 0.5        down to half of the multiply-accumulates
   prune-onnx slim model.onnx small.onnx --keep-macs 0.5 --calibration images/
                                                                the same, and most of the accuracy kept
+  prune-onnx slim model.onnx small.onnx --keep-latency 0.5     down to half of the time that it takes on this machine
   prune-onnx slim model.onnx --keep-channels 0.7 --dry-run --plan plan.json
   prune-onnx slim model.onnx small.onnx --plan plan.json
 """
@@ -56,10 +57,12 @@ command = StageCommand(
         "Calibration: unlabelled inputs keep the accuracy": (
             "calibration", "calibration_size", "compensate", "data_dir", "download", "mean", "std", "size",
             "layout"),
+        "Latency: what is measured": ("provider", "threads", "batch_size", "cost_cache"),
         "Which channels": ("criterion", "scope", "align", "min_keep", "norms", "select_inputs", "ignore"),
         "Plan and output": ("dry_run", "plan", "output", "fold_bn", "fp16", "int8", "input_shape"),
     },
-    metavars={"keep_channels": "F", "keep_macs": "F", "keep_params": "F", "criterion": "NAME", "align": "N|auto",
+    metavars={"keep_channels": "F", "keep_macs": "F", "keep_params": "F", "keep_latency": "F",
+              "latency_ms": "MS", "cost_cache": "DIR", "criterion": "NAME", "align": "N|auto",
               "calibration": "SPEC", "data_dir": "DIR", "mean": "A,B,...", "std": "A,B,...", "size": "H,W",
               "ignore": "GLOB", "plan": "PLAN.json", "output": "OUT.onnx"},
     exclusive=BUDGETS,

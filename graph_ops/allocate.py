@@ -8,13 +8,16 @@ group depends on its neighbours' counts (MACs are products), so the groups are v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .analysis import Analysis
-from .cost import CostModel
+from .cost import CostModel, Curves
 from .errors import PlanError
+
+Steps = int | Sequence[int]
 
 
 @dataclass
@@ -49,15 +52,16 @@ class Curve:
 class FractionalCost:
     """A cost as products of kept fractions of groups, for what-if questions about counts instead of units."""
 
-    def __init__(self, analysis: Analysis, name: str) -> None:
+    def __init__(self, analysis: Analysis, name: str, model: CostModel | None = None) -> None:
         """Prepare the terms.
 
         Args:
             analysis: of the graph.
-            name: ``macs``, ``params`` or ``channels``.
+            name: ``macs``, ``params``, ``channels`` or ``latency``.
+            model: of the costs; needed for ``latency``.
         """
         self.groups = len(analysis.groups)
-        self.fixed, terms = CostModel(analysis).terms(name)
+        self.fixed, terms = (model or CostModel(analysis)).terms(name)
         self._scale = np.asarray([t.scale for t in terms], np.float64)
         width = max((len(t.factors) for t in terms), default=1)
         # factors[f, t] @ shares is the number of kept positions; the last share, of ungrouped positions, is 1.
@@ -68,21 +72,31 @@ class FractionalCost:
                 ids, positions = np.unique(analysis.group_of[vector], return_counts=True)
                 self._factors[f, t, -1] = 0.0
                 self._factors[f, t, ids] = positions  # id -1 is the last column
+        blank = (None,) * width
+        self._curves = [Curves([(*t.curves, *blank)[f] for t in terms]) for f in range(width)]
 
     def total(self, kept: np.ndarray) -> float:
         """Cost when group g keeps the fraction ``kept[g]``."""
-        sizes = self._factors @ np.append(kept, 1.0)
-        return self.fixed + float(self._scale @ sizes.prod(0))
+        return float(self._sum((self._factors @ np.append(kept, 1.0))[:, :, None])[0])
 
-    def slope(self, kept: np.ndarray, g: int) -> float:
-        """What the cost grows by when group g goes from nothing to everything (linear but for squares)."""
-        high, low = kept.copy(), kept.copy()
-        high[g], low[g] = 1.0, 0.0
-        return self.total(high) - self.total(low)
+    def along(self, kept: np.ndarray, g: int, shares: np.ndarray) -> np.ndarray:
+        """Cost when group g keeps each of the fractions ``shares`` and the others what ``kept`` says."""
+        others = np.append(kept, 1.0)
+        others[g] = 0.0
+        return self._sum((self._factors @ others)[:, :, None] + self._factors[:, :, g, None] * shares)
+
+    def _sum(self, sizes: np.ndarray) -> np.ndarray:
+        """Cost at the factors' kept positions, shape (factor, term, question)."""
+        values = np.asarray([curves.at(size) for curves, size in zip(self._curves, sizes, strict=True)])
+        return self.fixed + self._scale @ values.prod(0)
 
 
 def allocate(
-    curves: dict[int, Curve], cost: FractionalCost, target: float, steps: dict[int, int], floors: dict[int, int]
+    curves: dict[int, Curve],
+    cost: FractionalCost,
+    target: float,
+    steps: dict[int, Steps],
+    floors: dict[int, int],
 ) -> dict[int, int]:
     """Return kept counts per group that meet ``target``.
 
@@ -90,14 +104,14 @@ def allocate(
         curves: of the groups that may be pruned.
         cost: of all groups.
         target: the cost may be at most this.
-        steps: counts are multiples of this.
+        steps: counts are multiples of this, or among these.
         floors: least count of a group.
 
     Raises:
         PlanError: the floors alone cost more.
     """
-    options = {g: _options(c.units, steps[g], floors[g]) for g, c in curves.items()}
-    damage = {g: c.at(options[g]) for g, c in curves.items()}
+    allowed = {g: options(c.units, steps[g], floors[g]) for g, c in curves.items()}
+    damage = {g: c.at(allowed[g]) for g, c in curves.items()}
 
     def choose(price: float) -> dict[int, int]:
         kept = np.ones(cost.groups)
@@ -105,9 +119,8 @@ def allocate(
         for _ in range(6):
             before = dict(index)
             for g, c in curves.items():
-                slope = cost.slope(kept, g)
-                index[g] = int(np.argmin(damage[g] + price * slope * options[g] / c.units))
-                kept[g] = options[g][index[g]] / c.units
+                index[g] = int(np.argmin(damage[g] + price * cost.along(kept, g, allowed[g] / c.units)))
+                kept[g] = allowed[g][index[g]] / c.units
             if index == before:
                 break
         return index
@@ -115,7 +128,7 @@ def allocate(
     def price_of(index: dict[int, int]) -> float:
         kept = np.ones(cost.groups)
         for g, i in index.items():
-            kept[g] = options[g][i] / curves[g].units
+            kept[g] = allowed[g][i] / curves[g].units
         return cost.total(kept)
 
     low = 0.0
@@ -135,11 +148,15 @@ def allocate(
         if low > 0 and high / low < 1.0005:
             break
     index = choose(high)
-    return {g: int(options[g][i]) for g, i in _fill(index, options, damage, price_of, target).items()}
+    return {g: int(allowed[g][i]) for g, i in _fill(index, allowed, damage, price_of, target).items()}
 
 
 def uniform(
-    sizes: dict[int, int], cost: FractionalCost, target: float, steps: dict[int, int], floors: dict[int, int]
+    sizes: dict[int, int],
+    cost: FractionalCost,
+    target: float,
+    steps: dict[int, Steps],
+    floors: dict[int, int],
 ) -> dict[int, int]:
     """Return counts that keep the same fraction of every group, rounded up to the steps, and meet ``target``.
 
@@ -147,12 +164,10 @@ def uniform(
         PlanError: the floors alone cost more.
     """
 
+    allowed = {g: options(n, steps[g], floors[g]) for g, n in sizes.items()}
+
     def counts(share: float) -> dict[int, int]:
-        result = {}
-        for g, units in sizes.items():
-            count = max(floors[g], int(np.ceil(share * units)))
-            result[g] = min(units, -(-count // steps[g]) * steps[g])
-        return result
+        return {g: int(allowed[g][allowed[g] >= share * n].min()) for g, n in sizes.items()}
 
     def price(share: float) -> float:
         kept = np.ones(cost.groups)
@@ -169,15 +184,16 @@ def uniform(
     return counts(low)
 
 
-def _options(units: int, step: int, floor: int) -> np.ndarray:
-    """Allowed counts, descending: everything, and the multiples of the step above the floor."""
-    counts = {units} | {n for n in range(step, units, step) if n >= floor}
+def options(units: int, steps: Steps, floor: int) -> np.ndarray:
+    """Return the allowed counts of a group, descending: everything, and the steps above the floor."""
+    among = range(steps, units, steps) if isinstance(steps, int) else steps
+    counts = {units} | {n for n in among if floor <= n < units}
     return np.asarray(sorted(counts, reverse=True))
 
 
 def _fill(
     index: dict[int, int],
-    options: dict[int, np.ndarray],
+    allowed: dict[int, np.ndarray],
     damage: dict[int, np.ndarray],
     price_of: object,
     target: float,

@@ -64,12 +64,43 @@ def params(graph: Graph) -> int:
     return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Term:
-    """One summand of a cost: ``scale`` times the number of kept positions of each factor."""
+    """One summand of a cost: ``scale`` times the number of kept positions of each factor.
 
-    scale: int
+    Attributes:
+        scale: in the cost's unit.
+        factors: vectors of units.
+        curves: for each factor what stands for its number of kept positions: ``curve[kept]``, float64. Empty where the
+            numbers themselves count.
+    """
+
+    scale: float
     factors: tuple[np.ndarray, ...]
+    curves: tuple[np.ndarray, ...] = ()
+
+
+class Curves:
+    """Looks up what stands for the kept positions of factors, all factors at once."""
+
+    def __init__(self, curves: Sequence[np.ndarray | None]) -> None:
+        """Prepare the look-up; ``None`` stands for the number itself."""
+        self._any = any(curve is not None for curve in curves)
+        plain = np.asarray([curve is None for curve in curves])
+        self._plain = np.flatnonzero(plain)
+        sizes = [0 if curve is None else len(curve) for curve in curves]
+        self._starts = np.cumsum([0, *sizes])[:-1]
+        self._values = np.concatenate([np.zeros(1), *(c for c in curves if c is not None)])
+
+    def at(self, counts: np.ndarray) -> np.ndarray:
+        """Values of all factors, given their kept positions; further axes of ``counts`` are independent questions."""
+        if not self._any:
+            return counts
+        places = np.rint(counts).astype(np.int64) + 1 + self._starts.reshape(-1, *[1] * (counts.ndim - 1))
+        places[self._plain] = 0
+        values = self._values[places]
+        values[self._plain] = counts[self._plain]
+        return values
 
 
 class Tally:
@@ -82,17 +113,21 @@ class Tally:
             terms: the summands.
             units: how many units there are.
         """
-        numbers: dict[bytes, int] = {}
+        numbers: dict[tuple[bytes, int], int] = {}
         vectors: list[np.ndarray] = []
+        curves: list[np.ndarray | None] = [None]
         width = max((len(t.factors) for t in terms), default=1)
-        # Factors are numbers of distinct vectors; number 0 is a factor of one.
+        # Factors are numbers of distinct vectors (and curves); number 0 is a factor of one.
         self._factors = np.zeros((len(terms), width), np.int64)
         for row, term in zip(self._factors, terms, strict=True):
             for i, vector in enumerate(term.factors):
-                row[i] = numbers.setdefault(vector.tobytes(), len(vectors) + 1)
+                curve = term.curves[i] if term.curves else None
+                row[i] = numbers.setdefault((vector.tobytes(), id(curve)), len(vectors) + 1)
                 if row[i] > len(vectors):
                     vectors.append(vector)
-        self._scale = np.asarray([t.scale for t in terms], np.int64)
+                    curves.append(curve)
+        self._curves = Curves(curves)
+        self._scale = np.asarray([t.scale for t in terms] or np.zeros(0, np.int64))
         self._units = np.concatenate([np.zeros(0, np.int64), *vectors]).astype(np.int64)
         self._vector = np.repeat(np.arange(1, len(vectors) + 1), [len(v) for v in vectors])
         self._size = len(vectors) + 1
@@ -110,11 +145,11 @@ class Tally:
         counts[0] = 1
         return counts
 
-    def total(self, counts: np.ndarray) -> int:
+    def total(self, counts: np.ndarray) -> float:
         """The sum."""
-        return int((self._scale * counts[self._factors].prod(1)).sum())
+        return (self._scale * self._curves.at(counts)[self._factors].prod(1)).sum().item()
 
-    def more(self, counts: np.ndarray, units: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    def more(self, counts: np.ndarray, units: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """What the sum grows by when units come back that were not kept.
 
         Returns:
@@ -128,35 +163,44 @@ class Tally:
             np.concatenate([self._by_vector[self._vector_starts[v] : self._vector_starts[v + 1]] for v in vectors])
         )
         factors, scale = self._factors[terms], self._scale[terms]
-        before = counts[factors].prod(1)
+        before = self._curves.at(counts)[factors].prod(1)
         counts[vectors] += growth
-        after = counts[factors].prod(1)
+        after = self._curves.at(counts)[factors].prod(1)
         counts[vectors] -= growth
-        return int((scale * (after - before)).sum()), vectors, growth
+        return (scale * (after - before)).sum().item(), vectors, growth
 
 
 class CostModel:
-    """Predicts MACs and parameters of a cut from the analysis, without making it."""
+    """Predicts MACs and parameters of a cut from the analysis, without making it; and what a provider takes for it.
 
-    def __init__(self, analysis: Analysis) -> None:
+    Args:
+        analysis: of the graph.
+        latency: the fixed part of the latency and its terms, for the cost ``latency``.
+    """
+
+    def __init__(self, analysis: Analysis, latency: tuple[float, list[Term]] | None = None) -> None:
         self.analysis = analysis
+        self._latency = latency
         self.total_macs = macs(analysis.graph, analysis.probe.shapes)
         self.total_params = params(analysis.graph)
-        self._tallies: dict[str, tuple[int, Tally]] = {}
+        self._tallies: dict[str, tuple[float, Tally]] = {}
 
-    def tally(self, name: str) -> tuple[int, Tally]:
+    def tally(self, name: str) -> tuple[float, Tally]:
         """The part of a cost that no cut changes, and the sum that follows the kept units.
 
         Args:
-            name: ``macs``, ``params`` or ``channels``.
+            name: ``macs``, ``params``, ``channels`` or ``latency``.
         """
         if name not in self._tallies:
             fixed, terms = self.terms(name)
             self._tallies[name] = fixed, Tally(terms, self.analysis.units)
         return self._tallies[name]
 
-    def terms(self, name: str) -> tuple[int, list[Term]]:
+    def terms(self, name: str) -> tuple[float, list[Term]]:
         """The part of a cost that no cut changes, and the terms that follow the kept units."""
+        if name == "latency":
+            assert self._latency is not None, "a latency needs the measured terms"
+            return self._latency
         if name == "channels":
             return 0, [Term(1, (np.flatnonzero(~self.analysis.pinned),))]
         if name == "macs":
@@ -184,7 +228,11 @@ class CostModel:
         """Prunable units that are left."""
         return self._cost("channels", keep)
 
-    def _cost(self, name: str, keep: np.ndarray) -> int:
+    def latency(self, keep: np.ndarray) -> float:
+        """Predicted latency when only the units ``keep`` are left, in the unit of its terms."""
+        return self._cost("latency", keep)
+
+    def _cost(self, name: str, keep: np.ndarray) -> float:
         fixed, tally = self.tally(name)
         return fixed + tally.total(tally.counts(keep))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,15 @@ import numpy as np
 from .analysis import Analysis
 from .cost import CostModel
 from .errors import PlanError
+from .latency_model import LatencyModel
 
 SCHEMA_VERSION = 1
 
 # Aligned widths are worth this much of a budget: an unaligned layer leaves the runtime's fast path, which costs more.
 ODD_WIDTHS = 0.9
+# A budget is used up to this much, with widths of this step where the usual ones are too coarse.
+CLOSE = 0.99
+FINE = 4
 
 
 def alignment_step(channels: int, align: int | str) -> int:
@@ -38,7 +43,7 @@ class Budget:
     """What the plan has to meet.
 
     Attributes:
-        name: ``keep_macs``, ``keep_params`` or ``keep_channels``.
+        name: ``keep_macs``, ``keep_params``, ``keep_channels`` or ``keep_latency``.
         fraction: of the original's cost that may stay.
         scope: ``global`` or ``layer``.
         align: see :func:`alignment_step`.
@@ -55,7 +60,14 @@ class Budget:
 class Planner:
     """Finds the keep-set of a budget; the cost falls monotonically as more is removed."""
 
-    def __init__(self, analysis: Analysis, scores: np.ndarray, base: np.ndarray, budget: Budget) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        scores: np.ndarray,
+        base: np.ndarray,
+        budget: Budget,
+        latency: LatencyModel | None = None,
+    ) -> None:
         """Prepare the groups.
 
         Args:
@@ -63,11 +75,13 @@ class Planner:
             scores: one per unit; NaN means keep.
             base: units that exact removal leaves; the others are gone already.
             budget: what to meet.
+            latency: measured times, for a budget in latency and for its steps.
         """
         self.analysis, self.base, self.budget = analysis, base, budget
-        costs, name = CostModel(analysis), budget.name.removeprefix("keep_")
-        self.fixed, self.tally = costs.tally(name)
-        self.full = costs.full(name)
+        self.measured = latency is not None
+        model, name = latency.cost if latency else CostModel(analysis), budget.name.removeprefix("keep_")
+        self.fixed, self.tally = model.tally(name)
+        self.full = model.full(name)
         self.vectors = [v for v in analysis.vectors() if not analysis.pinned[v].any()]
         self._positions = np.concatenate([np.zeros(0, np.int64), *self.vectors])
         self._starts = np.cumsum([0, *(len(v) for v in self.vectors)])[:-1]
@@ -78,20 +92,23 @@ class Planner:
         self.scores = scores.copy()
         for fork in analysis.forks:  # a shared stream's channel goes when all of its readers dropped it, not before
             self.scores[fork.source] = np.nan
-        self.groups = [self._group(group.units) for group in analysis.groups]
+        steps = latency.steps if latency and budget.align == "auto" else [None] * len(analysis.groups)
+        self.groups = [self._group(group.units, at) for group, at in zip(analysis.groups, steps, strict=True)]
 
-    def _group(self, units: np.ndarray) -> _Group:
+    def _group(self, units: np.ndarray, steps: Sequence[int] | None) -> _Group:
         fixed = self.analysis.pinned[units] | (np.isnan(self.scores[units]) & self.base[units])
         alive, dead = units[~fixed & self.base[units]], units[~fixed & ~self.base[units]]
         order = np.concatenate([alive[np.argsort(-self.scores[alive], kind="stable")], dead])
         held = int(fixed.sum())
         step = alignment_step(len(units), self.budget.align)
         floor = min(max(0, max(1, int(np.ceil(self.budget.min_keep * len(units)))) - held), len(alive))
-        totals = range(step * -(-(held + floor) // step), len(units) + 1, step)
-        options = sorted({total - held for total in totals if total >= held}) or [len(alive)]
-        return _Group(order, len(alive), options)
+        totals = range(step, len(units) + 1, step) if steps is None else steps
+        totals = [total for total in totals if total >= held + floor]
+        options = [total - held for total in totals] or [len(alive)]
+        fine = {total - held for total in range(FINE, len(units) + 1, FINE) if total >= held + floor}
+        return _Group(order, len(alive), options, sorted({*options, *fine}))
 
-    def cost(self, keep: np.ndarray) -> int:
+    def cost(self, keep: np.ndarray) -> float:
         """What the budget limits, when only the units ``keep`` are left."""
         return self.fixed + self.tally.total(self.tally.counts(keep))
 
@@ -122,6 +139,10 @@ class Planner:
                 keep[alive[np.argmax(np.nan_to_num(self.scores[alive], nan=np.inf))]] = True
         return keep
 
+    def smallest(self) -> np.ndarray:
+        """Return the units that the smallest allowed model has, bool (units,)."""
+        return self.keep(self.counts(0.0))
+
     def solve(self) -> np.ndarray:
         """Return the units that stay, bool (units,): cost at most the budget, and as close to it as the steps allow.
 
@@ -133,7 +154,7 @@ class Planner:
             return self._filled_up(target)
         total = sum(group.alive for group in self.groups)
         low, high = 0, total  # low: known to fit (checked below), high: known not to
-        if (reached := self.cost(self.keep(self.counts(0.0)))) > target:
+        if (reached := self.cost(self.smallest())) > target:
             raise PlanError(
                 f"--{self.budget.name.replace('_', '-')} {self.budget.fraction:g} cannot be reached: the smallest "
                 f"model that --min-keep {self.budget.min_keep:g} and the pinned channels allow has "
@@ -148,7 +169,10 @@ class Planner:
         counts = self._fill(self.counts(low / total), target)
         if self.cost(self.keep(counts)) < ODD_WIDTHS * target:
             # The steps are too coarse for this budget: let whole groups of an odd width stay as they were.
-            counts = self._fill(counts, target, whole=True)
+            counts = self._fill(counts, target, "whole")
+        if self.budget.align == "auto" and not self.measured and self.cost(self.keep(counts)) < CLOSE * target:
+            # What is left is smaller than any step: widths that are still fast, if not as good a bargain.
+            counts = self._fill(counts, target, "fine")
         return self.keep(counts)
 
     def _filled_up(self, target: float) -> np.ndarray:
@@ -160,17 +184,17 @@ class Planner:
                 counts = tried
         return self.keep(counts)
 
-    def _fill(self, counts: list[int], target: float, *, whole: bool = False) -> list[int]:
-        """Give back what still fits, the most important units first, in steps or whole groups at a time."""
+    def _fill(self, counts: list[int], target: float, pace: str = "steps") -> list[int]:
+        """Give back what still fits, the most important units first, in steps, ``fine`` ones or ``whole`` groups."""
         counts = counts.copy()
         keep = self.keep(counts)
         kept = self.tally.counts(keep)
         cost = self.fixed + self.tally.total(kept)
-        queue = [(self._urgency(g, counts[g]), g) for g in range(len(counts)) if self._more(g, counts[g], whole)]
+        queue = [(self._urgency(g, counts[g]), g) for g in range(len(counts)) if self._more(g, counts[g], pace)]
         heapq.heapify(queue)
         while queue:
             _, g = heapq.heappop(queue)
-            count = counts[g] + self._more(g, counts[g], whole)
+            count = counts[g] + self._more(g, counts[g], pace)
             back = self.groups[g].order[counts[g] : count]
             back = np.union1d(back, [s for unit in back.tolist() for s in self._sources.get(unit, ()) if self.base[s]])
             back = back[~keep[back.astype(np.int64)]].astype(np.int64)
@@ -181,14 +205,16 @@ class Planner:
             kept[vectors] += each
             keep[back] = True
             counts[g] = count
-            if self._more(g, count, whole):
+            if self._more(g, count, pace):
                 heapq.heappush(queue, (self._urgency(g, count), g))
         return counts
 
-    def _more(self, g: int, count: int, whole: bool) -> int:
+    def _more(self, g: int, count: int, pace: str) -> int:
         """How many units a group would take back next."""
         group = self.groups[g]
-        return max(group.alive - count, 0) if whole else group.next(count) - count
+        if pace == "whole":
+            return max(group.alive - count, 0)
+        return group.next(count, group.fine if pace == "fine" else group.options) - count
 
     def _urgency(self, g: int, count: int) -> float:
         """Rank of a group's next unit: the most important first, or the group that lost the largest share."""
@@ -206,21 +232,23 @@ class _Group:
         order: units by importance, those that exact removal would take last: they may stay to fill up a step.
         alive: how many of them carry anything.
         options: counts that make the group's width a multiple of its step, ascending.
+        fine: these and multiples of :data:`FINE`, for what is left of a budget.
     """
 
     order: np.ndarray
     alive: int
     options: list[int]
+    fine: list[int]
 
     def rounded(self, count: int) -> int:
         """The smallest aligned count that is large enough, else the largest."""
         return next((option for option in self.options if option >= count), self.options[-1])
 
-    def next(self, count: int) -> int:
-        """The next aligned count that keeps more that is alive, or ``count`` when there is none."""
+    def next(self, count: int, options: Sequence[int]) -> int:
+        """The next of ``options`` that keeps more that is alive, or ``count`` when there is none."""
         if count >= self.alive:
             return count
-        return next((option for option in self.options if option > count), count)
+        return next((option for option in options if option > count), count)
 
 
 def to_json(analysis: Analysis, keep: np.ndarray, facts: dict[str, Any]) -> str:

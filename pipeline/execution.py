@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from .eval_schema import Layout, Provider, Search
 
+Source = Path | bytes | onnx.ModelProto
+
 # Copies that are timed, and those before them that only touch the buffers for the first time.
 COPIES, FIRST_COPIES = 20, 3
 # Operators whose body the host chooses while the model runs.
@@ -72,7 +74,7 @@ class Execution:
     engine_cache: Path | None = None
 
     def session(
-        self, model: Path, feed: Mapping[str, np.ndarray] | None = None, profile: Path | None = None
+        self, model: Source, feed: Mapping[str, np.ndarray] | None = None, profile: Path | None = None
     ) -> InferenceSession:
         """Open a model, for one shape of inputs where ``feed`` is given, and with a profile where that is wanted.
 
@@ -89,7 +91,7 @@ class Execution:
             profile=profile,
         )
 
-    def runner(self, model: Path, feed: Mapping[str, np.ndarray]) -> Callable[[], float]:
+    def runner(self, model: Source, feed: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """Return a function that runs the model once on ``feed`` and returns the seconds it took.
 
         Raises:
@@ -111,7 +113,7 @@ class Execution:
         workers = ";".join(str(core + 1) for core in self.cores[1:])
         return entries | ({"session.intra_op_thread_affinities": workers} if workers else {})
 
-    def provider_options(self, model: Path, feed: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
+    def provider_options(self, model: Source, feed: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
         """Return the provider's options by ONNX Runtime's names.
 
         Raises:
@@ -127,7 +129,7 @@ class Execution:
             }
         if self.provider == "tensorrt":
             options = {"trt_fp16_enable": str(self.fp16), "trt_cuda_graph_enable": str(self.cuda_graph)}
-            if self.engine_cache is not None:
+            if self.engine_cache is not None and isinstance(model, Path):
                 folder = str(engine_folder(self.engine_cache, model, feed))
                 options |= {"trt_engine_cache_enable": "True", "trt_engine_cache_path": folder}
                 options |= {"trt_timing_cache_enable": "True", "trt_timing_cache_path": folder}

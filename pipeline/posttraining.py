@@ -12,21 +12,24 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 
-from prune_onnx.graph_ops.allocate import Curve, FractionalCost, allocate, uniform
+from prune_onnx.graph_ops.allocate import Curve, FractionalCost, Steps, allocate, options, uniform
 from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.cost import CostModel
 from prune_onnx.graph_ops.criteria import LABELS
+from prune_onnx.graph_ops.cut import cut
 from prune_onnx.graph_ops.exact import Edits
 from prune_onnx.graph_ops.importance import CRITERIA, importance
+from prune_onnx.graph_ops.latency_model import LatencyModel
 from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.plan import Budget, Planner, alignment_step
 from prune_onnx.graph_ops.progress import Progress
 
 from .calibration import Calibration, size_of
 from .compensate import correct_means, match_statistics
+from .latency import LatencySearch, Plans, measured_steps
 from .masking import MaskedLoss
 from .probing import Feeds, batch_of
-from .reconstruct import Reconstruction, divergence
+from .reconstruct import Reconstruction, Statistics, divergence
 from .runner import Runner
 from .slim_schema import SlimConfig
 from .taps import Taps
@@ -56,15 +59,23 @@ class Calibrated:
     notes: list[str] = field(default_factory=list)
 
 
-def prune(config: SlimConfig, analysis: Analysis, data: Calibration, fraction: float, progress: Progress) -> Calibrated:
+def prune(
+    config: SlimConfig,
+    analysis: Analysis,
+    data: Calibration,
+    fraction: float,
+    progress: Progress,
+    search: LatencySearch | None = None,
+) -> Calibrated:
     """Choose the units that stay and make up for the others.
 
     Args:
         config: budget, criterion and options.
         analysis: of a graph whose BatchNorms are folded and whose dead channels are gone.
         data: calibration inputs.
-        fraction: of this graph's cost that may stay.
+        fraction: of this graph's cost that may stay; a budget in latency goes by ``search`` instead.
         progress: told how far it is.
+        search: for a budget in latency.
 
     Raises:
         ConfigError: the criterion needs labels, and there are none.
@@ -73,20 +84,23 @@ def prune(config: SlimConfig, analysis: Analysis, data: Calibration, fraction: f
     fit, check = held_out(data.chunks, whole=batch_of(analysis.graph) > 0)
     criterion = config.criterion or OBS
     compensate = config.compensate or LEAST_SQUARES
-    if fraction >= 1:  # what was dead is all that had to go
+    if fraction >= 1 and search is None:  # what was dead is all that had to go
         return Calibrated(np.ones(analysis.units, bool), Edits(), criterion)
+    latency = None
+    if search is not None:
+        latency = search.prepare(analysis)
+    elif config.align == "auto" and config.cost_cache is not None:
+        latency = measured_steps(config, analysis, progress)
     if criterion == OBS:
         work = Reconstruction(analysis, fit, seed=config.seed, progress=progress)
         found = work.statistics()
-        counts = _counts(config, analysis, found.curves, fraction)
+        counts = _planned(config, analysis, found, fraction, latency, search)
         if compensate != LEAST_SQUARES:
-            for g, count in counts.items():
-                units = analysis.groups[g].units
-                work.keep[units[found.paths[g].order[: len(units) - count]]] = False
+            work.keep = _kept(analysis, found, counts)
         else:
             work.run(counts, found.paths)
     else:
-        keep = _ranked(config, analysis, data.only(fit), fraction, progress)
+        keep = _ranked(config, analysis, data.only(fit), fraction, latency, search, progress)
         work = Reconstruction(analysis, fit, keep=keep, seed=config.seed, progress=progress)
         if compensate == LEAST_SQUARES:
             work.run({}, {})
@@ -122,21 +136,39 @@ def held_out(chunks: list[Feeds], *, whole: bool) -> tuple[list[Feeds], list[Fee
 
 
 def _ranked(
-    config: SlimConfig, analysis: Analysis, data: Calibration, fraction: float, progress: Progress
+    config: SlimConfig,
+    analysis: Analysis,
+    data: Calibration,
+    fraction: float,
+    latency: LatencyModel | None,
+    search: LatencySearch | None,
+    progress: Progress,
 ) -> np.ndarray:
     """Units that stay by a criterion that gives scores."""
     taps = Taps(analysis.graph, analysis.probe, data.chunks, progress=progress)
     loss = None
     if data.labels is not None and CRITERIA.get(config.criterion).needs == LABELS:
         loss = MaskedLoss(analysis, data.chunks, data.labels)
-    cost = getattr(CostModel(analysis), config.budget[0].removeprefix("keep_"), None)
+    cost = getattr(CostModel(analysis), _kind(config)) if search is None else None
     target = BEYOND * fraction * cost(np.ones(analysis.units, bool)) if cost else 0.0
     scores = importance(
         analysis, config.criterion, scope=config.scope, seed=config.seed, taps=taps, loss=loss,
         enough=(lambda keep: cost(keep) <= target) if cost else None, progress=progress,
     )  # fmt: skip
-    budget = Budget(config.budget[0], fraction, config.scope, config.align, config.min_keep)
-    return Planner(analysis, scores, np.ones(analysis.units, bool), budget).solve()
+    everything = np.ones(analysis.units, bool)
+
+    def planner(share: float) -> Planner:
+        budget = Budget(f"keep_{_kind(config)}", share, config.scope, config.align, config.min_keep)
+        return Planner(analysis, scores, everything, budget, latency)
+
+    if search is None:
+        return planner(fraction).solve()
+    return search.find(Plans(lambda f: planner(f).solve(), planner(1.0).smallest, lambda keep: cut(analysis, keep)))
+
+
+def _kind(config: SlimConfig) -> str:
+    """The cost that the budget limits."""
+    return config.budget[0].replace("latency_ms", "keep_latency").removeprefix("keep_")
 
 
 def _warn_of_few(work: Reconstruction, samples: int, progress: Progress) -> None:
@@ -156,16 +188,71 @@ def _warn_of_few(work: Reconstruction, samples: int, progress: Progress) -> None
         )
 
 
-def _counts(config: SlimConfig, analysis: Analysis, curves: dict[int, Curve], fraction: float) -> dict[int, int]:
-    name = config.budget[0]
-    cost = FractionalCost(analysis, name.removeprefix("keep_"))
+def _planned(
+    config: SlimConfig,
+    analysis: Analysis,
+    found: Statistics,
+    fraction: float,
+    latency: LatencyModel | None,
+    search: LatencySearch | None,
+) -> dict[int, int]:
+    """Kept counts of the groups that have a curve."""
+    if search is None:
+        return _counts(config, analysis, found.curves, fraction, latency)
+    made: dict[bytes, dict[int, int]] = {}
+
+    def keep_of(counts: dict[int, int]) -> np.ndarray:
+        keep = _kept(analysis, found, counts)
+        made[keep.tobytes()] = counts
+        return keep
+
+    keep_of({g: len(analysis.groups[g].units) for g in found.curves})  # what a search without success returns
+    plans = Plans(
+        lambda share: keep_of(_counts(config, analysis, found.curves, share, latency)),
+        lambda: keep_of(_smallest(config, analysis, found.curves, latency)),
+        lambda keep: cut(analysis, keep),
+    )
+    return made[search.find(plans).tobytes()]
+
+
+def _kept(analysis: Analysis, found: Statistics, counts: dict[int, int]) -> np.ndarray:
+    """Units that stay when the groups are cut to ``counts`` along their removal paths."""
+    keep = np.ones(analysis.units, bool)
+    for g, count in counts.items():
+        units = analysis.groups[g].units
+        keep[units[found.paths[g].order[: len(units) - count]]] = False
+    return keep
+
+
+def _limits(
+    config: SlimConfig, analysis: Analysis, curves: dict[int, Curve], latency: LatencyModel | None
+) -> tuple[dict[int, int], dict[int, Steps], dict[int, int]]:
+    """Sizes, steps and least counts of the groups that have a curve."""
     sizes = {g: len(analysis.groups[g].units) for g in curves}
-    steps = {g: alignment_step(n, config.align) for g, n in sizes.items()}
-    floors = {g: max(1, int(np.ceil(config.min_keep * n))) for g, n in sizes.items()}
-    full = getattr(CostModel(analysis), name.removeprefix("keep_"))(np.ones(analysis.units, bool))
+    steps: dict[int, Steps] = {g: alignment_step(n, config.align) for g, n in sizes.items()}
+    if latency is not None and config.align == "auto":
+        steps = {g: latency.steps[g] for g in sizes}
+    return sizes, steps, {g: max(1, int(np.ceil(config.min_keep * n))) for g, n in sizes.items()}
+
+
+def _counts(
+    config: SlimConfig, analysis: Analysis, curves: dict[int, Curve], fraction: float, latency: LatencyModel | None
+) -> dict[int, int]:
+    kind = _kind(config)
+    model = latency.cost if latency is not None else CostModel(analysis)
+    cost = FractionalCost(analysis, kind, model)
+    sizes, steps, floors = _limits(config, analysis, curves, latency)
+    full = model.full(kind)
     if config.scope == "layer":
         return uniform(sizes, cost, fraction * full, steps, floors)
     return allocate(curves, cost, fraction * full, steps, floors)
+
+
+def _smallest(
+    config: SlimConfig, analysis: Analysis, curves: dict[int, Curve], latency: LatencyModel | None
+) -> dict[int, int]:
+    sizes, steps, floors = _limits(config, analysis, curves, latency)
+    return {g: int(options(n, steps[g], floors[g])[-1]) for g, n in sizes.items()}
 
 
 def _guard(result: Calibrated, analysis: Analysis, check: list[Feeds]) -> None:

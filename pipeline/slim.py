@@ -25,6 +25,7 @@ from prune_onnx.graph_ops.files import check_output, write_text
 from prune_onnx.graph_ops.fold import fold_batch_norm
 from prune_onnx.graph_ops.graph import Graph, unmap
 from prune_onnx.graph_ops.importance import CRITERIA, check_needs, importance
+from prune_onnx.graph_ops.latency_model import LatencyModel
 from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.memory import keep_small
 from prune_onnx.graph_ops.probe import Probe
@@ -34,9 +35,10 @@ from prune_onnx.graph_ops.unshare import own_operands
 from . import posttraining
 from .calibration import Calibration, open_calibration
 from .environment import capture
+from .latency import LatencySearch, Plans, measured_steps
 from .precision import convert
 from .probing import Feeds, probe, random_feeds, shapes_at
-from .slim_schema import Cost, Group, Removed, SlimConfig, SlimResult, Verification
+from .slim_schema import LATENCY, Cost, Group, Removed, SlimConfig, SlimResult, Verification
 from .verify import verify
 
 DEFAULT_CRITERION = "l2"
@@ -117,14 +119,15 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     clock.lap("probe")
     analysis, known, simpler = _understand(config, graph, found)
     clock.lap("analyse")
-    decision = _decide(config, analysis, known)
+    notes: list[str] = []
+    search = LatencySearch(config, original, feeds, progress) if config.budget[0] in LATENCY else None
+    decision = _decide(config, analysis, known, search, progress)
     del known
     unmap()
     clock.lap("plan")
-    notes: list[str] = []
     whole = analysis
     if data is not None and not decision.planned:
-        analysis, decision = _calibrated(config, original, analysis, decision, data, every, notes, progress)
+        analysis, decision = _calibrated(config, original, analysis, decision, data, every, notes, progress, search)
         clock.lap("calibrate")
     computed = cost.CostModel(analysis).computed() if config.keep_params is not None else ()
     result = cut(analysis, decision.keep, decision.edits, computed=computed)
@@ -149,6 +152,10 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
         bytes=model_io.total_bytes(result),
     )
     clock.lap("verify")
+    if search is not None:
+        search.confirm(result)
+        notes += search.notes
+        clock.lap("time")
     precision = None
     if config.fp16 or config.int8:
         kind = "float16" if config.fp16 else "int8"
@@ -164,6 +171,7 @@ def _slim(config: SlimConfig, progress: Progress) -> SlimResult:
     clock.lap("write")
     report = _report(config, whole, analysis, decision, before, after, verification, notes, clock)
     report.precision = precision
+    report.latency = search.found if search is not None else None
     if config.report is not None:
         report.write(config.report)
     return report
@@ -203,10 +211,12 @@ def _check_paths(config: SlimConfig) -> None:
         check_output(config.report, force=config.force)
 
 
-def _decide(config: SlimConfig, analysis: Analysis, known: Constants) -> _Decision:
+def _decide(
+    config: SlimConfig, analysis: Analysis, known: Constants, search: LatencySearch | None, progress: Progress
+) -> _Decision:
     """Choose the units that stay: a replayed plan, exact removal, or exact removal and then a budget."""
     base = ~removable(analysis, known)
-    name, fraction = config.budget
+    fraction = config.budget[1]
     if config.calibration is not None and fraction is not None:
         return _Decision(base, carry(analysis, known, base), True, None, planned=False)
     if config.plan is not None and not config.dry_run:
@@ -225,10 +235,33 @@ def _decide(config: SlimConfig, analysis: Analysis, known: Constants) -> _Decisi
         return _Decision(base, carry(analysis, known, base), True, None)
     criterion = config.criterion or DEFAULT_CRITERION
     scores = importance(analysis, criterion, scope=config.scope, seed=config.seed)
-    budget = planning.Budget(name, fraction, config.scope, config.align, config.min_keep)
-    keep = planning.Planner(analysis, scores, base, budget).solve()
+    if search is not None:
+        latency = search.prepare(analysis)
+        plans = Plans(
+            lambda share: _planner(config, analysis, scores, base, share, latency).solve(),
+            lambda: _planner(config, analysis, scores, base, 1.0, latency).smallest(),
+            lambda keep: cut(analysis, keep, carry(analysis, known, keep)),
+        )
+        keep = search.find(plans)
+    else:
+        steps = config.align == "auto" and config.cost_cache is not None
+        latency = measured_steps(config, analysis, progress) if steps else None
+        keep = _planner(config, analysis, scores, base, fraction, latency).solve()
     exact = not (base & ~keep).any()
     return _Decision(keep, carry(analysis, known, keep), exact, criterion)
+
+
+def _planner(
+    config: SlimConfig,
+    analysis: Analysis,
+    scores: np.ndarray,
+    base: np.ndarray,
+    fraction: float,
+    latency: LatencyModel | None,
+) -> planning.Planner:
+    name = config.budget[0].replace("latency_ms", "keep_latency")
+    budget = planning.Budget(name, fraction, config.scope, config.align, config.min_keep)
+    return planning.Planner(analysis, scores, base, budget, latency)
 
 
 def _calibrated(
@@ -240,6 +273,7 @@ def _calibrated(
     feeds: list[Feeds],
     notes: list[str],
     progress: Progress,
+    search: LatencySearch | None,
 ) -> tuple[Analysis, _Decision]:
     """Take out what is dead, fold the BatchNorms, and prune the rest with calibration inputs.
 
@@ -258,9 +292,11 @@ def _calibrated(
     inner = analyse(graph, found, release_norms=config.norms == "release", ignore=config.ignore)
     name, fraction = config.budget
     assert fraction is not None
-    kind = name.removeprefix("keep_")
-    costs = [getattr(cost.CostModel(a), kind)(np.ones(a.units, bool)) for a in (analysis, inner)]
-    done = posttraining.prune(config, inner, data, fraction * costs[0] / costs[1], progress)
+    if search is None:
+        kind = name.removeprefix("keep_")
+        costs = [cost.CostModel(a).full(kind) for a in (analysis, inner)]
+        fraction *= costs[0] / costs[1]
+    done = posttraining.prune(config, inner, data, fraction, progress, search)
     notes += [f"folded {folded} BatchNormalization nodes"] if folded else []
     notes += done.notes
     return inner, _Decision(done.keep, done.edits, False, done.criterion)

@@ -11,7 +11,8 @@ from .results import Model, StageResult
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Side = Annotated[int, Field(ge=1)]
-BUDGETS = ("exact", "keep_channels", "keep_macs", "keep_params")
+BUDGETS = ("exact", "keep_channels", "keep_macs", "keep_params", "keep_latency", "latency_ms")
+LATENCY = ("keep_latency", "latency_ms")
 
 
 class SlimConfig(BaseModel):
@@ -24,6 +25,14 @@ class SlimConfig(BaseModel):
         keep_channels: fraction of prunable channels that stays.
         keep_macs: fraction of multiply-accumulates that stays.
         keep_params: fraction of parameters that stays.
+        keep_latency: fraction of the original's measured latency that stays: the result is timed and corrected until
+            it is within 5 %.
+        latency_ms: the same, as milliseconds.
+        provider: what latency is measured on.
+        threads: of the CPU provider; ``None`` is ONNX Runtime's choice.
+        batch_size: samples a run, of models that take any number.
+        cost_cache: folder where times of layers are kept, which are measured once for each provider and machine;
+            ``None`` is the user's cache folder. When it is given, the steps of every budget come from these times.
         scope: ``global`` ranks the channels of all groups together; ``layer`` takes the same fraction of every group.
         criterion: importance criterion, see ``--list-criteria``; ``None`` means obs with calibration data, else l2.
         calibration: unlabelled inputs: the name of a data set, an .npz or .npy file, or a folder of images. With them a
@@ -40,7 +49,8 @@ class SlimConfig(BaseModel):
         layout: of the model's input; ``None`` means the model's recipe, else what its shape says.
         fp16: write the weights and compute the activations as 16-bit floats; inputs and outputs stay as they are.
         int8: write the result quantised to 8 bits (QDQ), with the calibration data.
-        align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, 1 is off.
+        align: keep multiples of this many channels in every group; ``auto`` chooses by the group's width, or by
+            measured times (a budget in latency, or ``cost_cache``); 1 is off.
             Exact removal takes every dead channel under ``auto``; with a number, some stay to fill up the steps.
         min_keep: fraction of its channels that every group keeps at least.
         norms: ``pin`` keeps an axis whole when a LayerNorm, GroupNorm or reduction runs across it; ``release`` cuts it.
@@ -63,6 +73,12 @@ class SlimConfig(BaseModel):
     keep_channels: Fraction | None = None
     keep_macs: Fraction | None = None
     keep_params: Fraction | None = None
+    keep_latency: Fraction | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    cost_cache: Path | None = None
     scope: Literal["global", "layer"] = "global"
     criterion: str | None = None
     calibration: str | None = None
@@ -114,7 +130,7 @@ class SlimConfig(BaseModel):
 
     @property
     def budget(self) -> tuple[str, float | None]:
-        """The budget's name and fraction; ``("exact", None)`` when none was given."""
+        """The budget's name and fraction (or ms); ``("exact", None)`` when none was given."""
         for name in BUDGETS[1:]:
             if (value := getattr(self, name)) is not None:
                 return name, value
@@ -188,6 +204,28 @@ class Precision(Model):
     agreement: float | None
 
 
+class Latency(Model):
+    """What a budget in latency came to; ms, medians of runs in turns with the original.
+
+    Attributes:
+        threads: of the CPU provider, ``None`` where ONNX Runtime chose.
+        batch_size: samples a run.
+        asked_ms: what was asked for: the given time, or the given fraction of ``original_ms``.
+        predicted_ms: by the times of the layers.
+        measured_ms: of the finished model.
+        rounds: plans that were timed.
+    """
+
+    provider: str
+    threads: int | None
+    batch_size: int
+    original_ms: float
+    asked_ms: float
+    predicted_ms: float
+    measured_ms: float
+    rounds: int
+
+
 class SlimResult(StageResult):
     """Result of ``slim``.
 
@@ -198,6 +236,7 @@ class SlimResult(StageResult):
         verification: of the result; also made in a dry run. Of a result in another number format, before it was
             converted.
         precision: of a result in another number format.
+        latency: of the result, when the budget was one in latency.
     """
 
     command: str = "slim"
@@ -214,4 +253,5 @@ class SlimResult(StageResult):
     timings: dict[str, float]
     verification: Verification | None
     precision: Precision | None = None
+    latency: Latency | None = None
     notes: list[str]

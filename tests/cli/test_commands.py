@@ -435,3 +435,13 @@ def test_listing_a_registry_of_places_imports_nothing(monkeypatch: pytest.Monkey
     registry.register("y")("bomb:alias")
     assert described_unimported(registry, "places") == [("x", "What it is."), ("y", "")]
     assert isinstance(sys.modules.pop("places"), types.ModuleType)
+
+
+def test_a_latency_budget_is_flags(invoke: Invoke, slimming: Stage) -> None:
+    flags = ["--keep-latency", "0.5", "--provider", "cuda", "--threads", "2", "--batch-size", "8", "--cost-cache", "c"]
+    invoke("slim", "in.onnx", "out.onnx", *flags)
+    config = slimming.configs[0]
+    assert config.budget == ("keep_latency", 0.5)
+    assert (config.provider, config.threads, config.batch_size, config.cost_cache) == ("cuda", 2, 8, Path("c"))
+    assert invoke("slim", "in.onnx", "out.onnx", "--latency-ms", "3.5").exit_code == 0
+    assert slimming.configs[1].budget == ("latency_ms", 3.5)

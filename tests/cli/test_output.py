@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from prune_onnx.cli.output import Console, ConsoleProgress, show_slim
-from prune_onnx.pipeline.slim_schema import Group, SlimResult
+from prune_onnx.pipeline.slim_schema import Group, Latency, SlimResult
 
 
 def progress(*, terminal: bool, quiet: bool = False) -> tuple[ConsoleProgress, io.StringIO]:
@@ -74,6 +74,18 @@ def test_a_stream_that_lacks_a_character_gets_another(
     stream.flush()
     text = stream.buffer.getvalue().decode(encoding)
     assert all(part in text for part in expected), text
+
+
+def test_a_latency_budget_says_what_was_measured(slim_result: SlimResult, capsys: pytest.CaptureFixture[str]) -> None:
+    show_slim(Console(), slim_result)
+    assert "Latency" not in capsys.readouterr().out
+    latency = Latency(
+        provider="cpu", threads=2, batch_size=4, original_ms=8, asked_ms=4, predicted_ms=4.1, measured_ms=3.9, rounds=3
+    )
+    show_slim(Console(), slim_result.model_copy(update={"latency": latency}))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Latency"))
+    for part in ("8.00 ms to 3.90 ms", "asked for 4.00 ms", "cpu, 2 threads, batch 4", "3 plans"):
+        assert part in line
 
 
 def test_a_dry_run_says_what_would_be_removed(slim_result: SlimResult, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,12 @@ def dying(tmp_path: Path) -> Path:
     return path
 
 
+def costs(path: Path) -> tuple[int, int]:
+    """Parameters and MACs of a file."""
+    found = count(model_io.load(path))
+    return found.params, found.macs
+
+
 def run(source: Path, **options: object) -> SlimResult:
     return slim(SlimConfig(input=source, **{"output": source.with_name("out.onnx"), **options}))
 
@@ -86,8 +92,8 @@ class TestExact:
     def test_the_report_counts_what_is_in_the_file(self, dying: Path) -> None:
         result = run(dying, report=dying.with_name("report.json"))
         out = dying.with_name("out.onnx")
-        assert (result.after.params, result.after.macs) == count(model_io.load(out))
-        assert (result.before.params, result.before.macs) == count(model_io.load(dying))
+        assert (result.after.params, result.after.macs) == costs(out)
+        assert (result.before.params, result.before.macs) == costs(dying)
         assert result.after.bytes == out.stat().st_size
         assert result.before.bytes == dying.stat().st_size
         raw = json.loads(dying.with_name("report.json").read_text())
@@ -136,7 +142,7 @@ class TestBudgets:
     @pytest.mark.parametrize("scope", ["global", "layer"])
     def test_the_budget_is_met_by_the_file(self, source: Path, name: str, scope: str) -> None:
         result = run(source, **{name: 0.6}, scope=scope, align=1)
-        params, macs = count(model_io.load(source.with_name("out.onnx")))
+        params, macs = costs(source.with_name("out.onnx"))
         assert (params, macs) == (result.after.params, result.after.macs)
         if name != "keep_channels":
             share = macs / result.before.macs if name == "keep_macs" else params / result.before.params
