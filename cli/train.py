@@ -20,6 +20,10 @@ EPILOG = """\b
 Examples:
   prune-onnx train --model bn-cnn --dataset digits --method proximal-ns -o runs/digits
   prune-onnx train --model vgg16 --dataset cifar10 --method network-slimming --data-dir data -o runs/vgg16
+  prune-onnx train --model small.onnx --dataset cifar10 --method plain -o runs/tuned
+                                                        fine-tunes any ONNX file
+  prune-onnx train --model small.onnx --teacher dense.onnx --data images/ -o runs/tuned
+                                                        the same without labels
   prune-onnx train -o runs/vgg16 --resume               goes on with the run's own options
 """
 
@@ -71,11 +75,12 @@ command = StageCommand(
     show_train,
     arguments={},
     sections={
-        "What to train": ("model", "dataset", "method", "output", "resume", "epochs", "width"),
-        "Data": ("data_dir", "download", "validation", "augment", "mean", "std"),
+        "What to train": ("model", "dataset", "method", "output", "resume", "epochs", "width", "reinit"),
+        "Distillation: another network's answers in the place of labels": ("teacher", "temperature"),
+        "Data": ("data", "train_size", "data_dir", "download", "validation", "augment", "mean", "std"),
         "Optimisation": (
-            "batch_size", "lr", "momentum", "nesterov", "weight_decay", "norm_decay", "schedule", "milestones",
-            "lr_decay", "warmup_epochs", "clip", "device", "precision", "checkpoint_every",
+            "batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "norm_decay", "schedule",
+            "milestones", "lr_decay", "warmup_epochs", "clip", "device", "precision", "checkpoint_every",
         ),
         "Sparsity (the method's own)": (
             "lambda", "penalty", "every", "init_gamma", "direction", "layers", "prox", "prune_ratio",
@@ -83,7 +88,8 @@ command = StageCommand(
             "variant", "rho", "fw_steps", "norm_share",
         ),
     },
-    metavars={"model": "NAME", "dataset": "NAME", "method": "NAME", "output": "RUN_DIR", "data_dir": "DIR"},
+    metavars={"model": "NAME|FILE.onnx", "dataset": "NAME", "method": "NAME", "output": "RUN_DIR", "data_dir": "DIR",
+              "teacher": "FILE.onnx", "data": "SPEC"},
     listings=(
         Listing("--list-models", "List the networks, and stop.", models),
         Listing("--list-datasets", "List the data sets, and stop.", datasets),

@@ -12,16 +12,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune_onnx.graph_ops.errors import ConfigError, OutputError
+from prune_onnx.graph_ops.errors import ConfigError, ModelError, OutputError
 from prune_onnx.graph_ops.files import check_output, write_text
 from prune_onnx.graph_ops.preprocessing import Preprocessing
 from prune_onnx.graph_ops.progress import SILENT, Progress
-from prune_onnx.trainers.config import TrainConfig, resolve
-from prune_onnx.trainers.data import DATASETS, Dataset, load_dataset
+from prune_onnx.trainers.config import TrainConfig, is_onnx, resolve, usual_validation
+from prune_onnx.trainers.data import DATASETS, Dataset
 from prune_onnx.trainers.methods import METHODS, method_class
 from prune_onnx.trainers.models import MODELS, build_model
 
 from .environment import capture
+from .onnx_training import label, open_images, open_network, open_teacher, save_network, unlabelled, with_recipe
 from .results import Model, StageResult
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ NOTABLE_DROP = 0.005
 
 
 class Accuracy(Model):
-    """Fractions of correctly classified images; ``validation`` is ``None`` when no images were held out."""
+    """Fractions of correctly classified images; ``validation`` is ``None`` when no images were held out.
+
+    Of images without labels, fractions of those on which the network agrees with its teacher.
+    """
 
     validation: float | None
     test: float
@@ -67,9 +71,10 @@ class TrainResult(StageResult):
     """Result of ``train``.
 
     Attributes:
-        model: the network's name.
-        dataset: the data set's name.
+        model: the network's name, or its ONNX file.
+        dataset: the data set's name, or the user's own images.
         method: the method's name.
+        teacher: the ONNX file whose answers were learnt.
         epochs: length of the run.
         accuracy: of the network that was exported.
         accuracy_before_finish: before the method set the scales of dead channels to zero.
@@ -81,6 +86,7 @@ class TrainResult(StageResult):
     model: str
     dataset: str
     method: str
+    teacher: str | None = None
     epochs: int
     accuracy: Accuracy
     accuracy_before_finish: Accuracy
@@ -113,14 +119,18 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainResult:
     import torch
 
     from prune_onnx.trainers.batches import split
+    from prune_onnx.trainers.distill import Distillation
     from prune_onnx.trainers.export import export_onnx
-    from prune_onnx.trainers.loop import choose_device, fit
+    from prune_onnx.trainers.loop import choose_device, fit, supervised
 
     device = choose_device(config)
-    data = load_dataset(config.dataset, config.data_dir, download=config.download, progress=progress)
+    config, data = with_recipe(config, open_images(config, progress))
+    teacher = open_teacher(config, data, device) if config.teacher else None
+    if teacher is not None and unlabelled(data):
+        data = label(data, teacher, config, device)
     torch.manual_seed(config.seed)
     network = _build(config, data)
-    chosen, held = split(data.train_labels, config.validation, config.seed)
+    chosen, held = split(data.train_labels, usual_validation(config), config.seed)
     config = resolve(config, network, images=len(chosen), augment=data.augment, mean=data.mean, std=data.std)
     method = method_class(config.method).of(config)
     training, validation, test = _batches(data, chosen, held, config, device)
@@ -129,23 +139,30 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainResult:
     provenance["version"] = environment["versions"].get("prune-onnx", "unknown")
     _, *size = shape = tuple(data.train_images.shape[1:])
     recipe = Preprocessing(mean=config.mean, std=config.std, size=tuple(size))
-    if ":" in config.model:  # that torch cannot export a network should be known before it is trained
+    if ":" in config.model and not is_onnx(config.model):  # that torch cannot export it should be known in advance
         export_onnx(network, shape, None, recipe, provenance)
     if not resumed:
         _open_run(run, config, environment)
 
-    fit(network, method, config, training, validation, run=run, progress=progress)
+    loss = supervised
+    if teacher is not None:
+        loss = Distillation(teacher, network, config.temperature, next(training.in_order(2))[0])
+    fit(network, method, config, training, validation, run=run, loss=loss, progress=progress)
     before = _measure(network, validation, test)
     sparsity = Sparsity(**method.finish(network))
     after = _measure(network, validation, test)
     _compare(before, after, config.method, progress)
-    export_onnx(network, shape, run / ARTIFACTS["model"], recipe, provenance)
+    if is_onnx(config.model):
+        save_network(network, run / ARTIFACTS["model"], recipe)
+    else:
+        export_onnx(network, shape, run / ARTIFACTS["model"], recipe, provenance)
     result = TrainResult(
         seconds=time.perf_counter() - began,
         environment=environment,
         model=config.model,
-        dataset=config.dataset,
+        dataset=data.name,
         method=config.method,
+        teacher=None if config.teacher is None else str(config.teacher),
         epochs=config.epochs,
         accuracy=after,
         accuracy_before_finish=before,
@@ -163,8 +180,9 @@ def _check_names(config: TrainConfig) -> None:
         ConfigError: with close matches.
     """
     METHODS.get(config.method)
-    DATASETS.get(config.dataset)
-    if ":" not in config.model:
+    if config.dataset is not None:
+        DATASETS.get(config.dataset)
+    if ":" not in config.model and not is_onnx(config.model):
         MODELS.get(config.model)
 
 
@@ -177,6 +195,9 @@ def _check_run(config: TrainConfig) -> Path:
     run = config.output
     for name in ARTIFACTS.values():
         check_output(run / name, force=True)
+    for file in (config.model, config.teacher):
+        if file is not None and Path(file).resolve() == (run / ARTIFACTS["model"]).resolve():
+            raise OutputError(f"{file} is where this run would write its own model. Give another run folder.")
     taken = [name for name in ARTIFACTS.values() if (run / name).exists()]
     if taken and not (config.resume or config.force):
         raise OutputError(
@@ -215,19 +236,24 @@ def _build(config: TrainConfig, data: Dataset) -> nn.Module:
     import torch
 
     shape = tuple(data.train_images.shape[1:])
-    network = build_model(config.model, data.num_classes, shape, config.width)
+    if is_onnx(config.model):
+        if config.width != 1:
+            raise ConfigError(f"--width {config.width:g} does not apply: {config.model} has its widths.")
+        network = open_network(config.model, shape, reinit=config.reinit)
+    else:
+        network = build_model(config.model, data.num_classes, shape, config.width)
     size = "x".join(map(str, shape))
     try:
         with torch.no_grad():
             logits = network.eval()(torch.zeros(2, *shape))
-    except RuntimeError as error:
+    except (RuntimeError, ModelError) as error:
         raise ConfigError(
-            f"network {config.model!r} cannot take the {size} images of {config.dataset!r}: {error}"
+            f"network {config.model!r} cannot take the {size} images of {data.name!r}: {error}"
         ) from error
     if tuple(logits.shape) != (2, data.num_classes):
         raise ConfigError(
             f"network {config.model!r} gives outputs of shape {tuple(logits.shape)} for 2 images, "
-            f"but {config.dataset!r} needs (2, {data.num_classes})."
+            f"but {data.name!r} needs (2, {data.num_classes})."
         )
     return network
 

@@ -36,8 +36,20 @@ METHOD_OPTIONS = (
 INCIDENTAL = ("output", "data_dir", "download", "device", "checkpoint_every", "resume", "force")
 """Options that leave the result as it is, up to the device's rounding: a resumed run may change them."""
 
+TEMPERATURE = 4.0
+"""Of distillation: the teacher is almost certain on images that it was trained on."""
+
+WARMUP = 0.05
+"""Part of a distillation over which the rate rises."""
+
 ADAM_RATE = 3e-3
 """Part of a tensor's size that a step of Adam may change at first."""
+
+DISTILLING_RATE = 6e-3
+"""The same for learning from a teacher, whose answers are a steadier aim than labels."""
+
+SHOWN = 100_000
+"""Images, repetitions counted, that distillation shows when the number of epochs is not given."""
 
 LONG_TRAINED = ("vgg", "resnet", "preresnet", "densenet")
 """Families that the papers train for 160 epochs."""
@@ -49,22 +61,34 @@ class TrainConfig(BaseModel):
     ``None`` means: the paper's value for this network, see :func:`resolve`.
 
     Attributes:
-        model: a listed network or ``"package.module:factory"``.
+        model: a listed network, ``"package.module:factory"``, or an ONNX file, whose weights are trained on and which
+            is written back with the same graph.
         dataset: a listed data set.
-        method: a listed method.
+        method: a listed method; plain without one.
         output: the run folder.
-        epochs: passes over the training set; 160 for VGG, ResNet and DenseNet, else 20.
+        reinit: an ONNX file: draw its weights anew and train the net from scratch. With the ``epochs`` of the dense net
+            this is Scratch-E, with that many times the quotient of their MACs, as much computation, Scratch-B.
+        teacher: an ONNX file whose answers are learnt in the place of labels (distillation).
+        temperature: softens the answers of ``teacher``; 4.
+        data: images of your own in the place of ``dataset``: a folder of pictures, an .npz or an .npy. They need no
+            labels when there is a ``teacher``; a tenth of them is kept for the test.
+        train_size: take this many of the training images, those that slim's calibration takes for the same seed.
+        epochs: passes over the training set; 160 for VGG, ResNet and DenseNet, with ``teacher`` as many as show
+            100,000 images, else 20.
         batch_size: images a step.
-        optimizer: ``sgd``, or ``adam`` with steps relative to the size of each tensor.
-        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without; of Adam 0.003.
+        optimizer: ``sgd``, or ``adam`` with steps relative to the size of each tensor; adam for ONNX files, else sgd.
+        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without or for ONNX files; of Adam 0.003, or
+            0.006 with ``teacher``.
         momentum: of SGD.
         nesterov: Nesterov's form of the momentum.
         weight_decay: on all parameters, BatchNorm's included, as in the papers.
         norm_decay: ``False`` takes BatchNorm's parameters out of the weight decay.
-        schedule: ``step`` multiplies the rate by ``lr_decay`` at each milestone; ``cosine`` falls to 0.
+        schedule: ``step`` multiplies the rate by ``lr_decay`` at each milestone; ``cosine`` falls to 0, and is meant
+            for ONNX files.
         milestones: fractions of the run.
         lr_decay: factor of the step schedule.
-        warmup_epochs: epochs, or a part of one, over which the rate rises linearly from 0.
+        warmup_epochs: epochs, or a part of one, over which the rate rises linearly from 0; a twentieth
+            of the run with ``teacher``, else 0.
         clip: largest norm of the gradient; ``None`` does not clip.
         lambda_: strength of the sparse term.
         penalty: proximal-ns: the coefficient that couples scale and auxiliary variable (the paper's beta).
@@ -87,7 +111,8 @@ class TrainConfig(BaseModel):
         fw_steps: frank-wolfe methods: Frank-Wolfe steps in each pruning.
         norm_share: fpgm-mix: part of ``prune_ratio`` that goes by the norm instead of the distance.
         augment: ``none``, ``shift`` (1 or 2 pixels), ``flip``, ``flip-crop``; ``None`` is the data set's own.
-        validation: fraction of the training set that is held out, for every choice; 0 holds out none.
+        validation: fraction of the training set that is held out, for every choice; 0 holds out none. 0.1, but 0 with
+            ``teacher``.
         width: width multiplier of the network.
         data_dir: folder of the data files.
         download: fetch missing files.
@@ -104,21 +129,26 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     model: str
-    dataset: str
-    method: str
+    dataset: str | None = None
+    method: str = "plain"
     output: Path
+    reinit: bool = False
+    teacher: Path | None = None
+    temperature: Positive | None = None
+    data: Path | None = None
+    train_size: Annotated[int, Field(ge=2)] | None = None
     epochs: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam"] | None = None
     lr: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
     weight_decay: NotNegative = 1e-4
     norm_decay: bool = True
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: Literal["step", "cosine", "constant"] | None = None
     milestones: tuple[Share, ...] = (0.5, 0.75)
     lr_decay: Share = 0.1
-    warmup_epochs: NotNegative = 0.0
+    warmup_epochs: NotNegative | None = None
     clip: Positive | None = None
     lambda_: NotNegative | None = Field(default=None, alias="lambda")
     penalty: Positive | None = None
@@ -141,7 +171,7 @@ class TrainConfig(BaseModel):
     fw_steps: Annotated[int, Field(ge=1)] | None = None
     norm_share: Annotated[float, Field(ge=0, le=1)] | None = None
     augment: Literal["none", "shift", "flip", "flip-crop"] | None = None
-    validation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    validation: Annotated[float, Field(ge=0, le=0.5)] | None = None
     width: Positive = 1.0
     data_dir: Path | None = None
     download: bool = False
@@ -158,6 +188,12 @@ class TrainConfig(BaseModel):
     def _check(self) -> TrainConfig:
         if self.resume and self.force:
             raise ValueError("resume and force exclude each other: go on with a run, or replace it")
+        if (self.dataset is None) == (self.data is None):
+            raise ValueError("give either dataset, a listed one, or data, images of your own")
+        if self.reinit and not is_onnx(self.model):
+            raise ValueError("reinit is for ONNX files: listed networks begin with fresh weights anyway")
+        if self.temperature is not None and self.teacher is None:
+            raise ValueError("temperature softens the answers of a teacher: it goes with --teacher")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must increase")
         if (self.mean is None) != (self.std is None):
@@ -176,6 +212,11 @@ class TrainConfig(BaseModel):
         # JSON's strings, numbers, booleans and arrays of them are TOML's as well, but for one character.
         lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
         return "".join(lines).replace("\x7f", "\\u007F")
+
+
+def is_onnx(model: str) -> bool:
+    """Return whether ``--model`` names an ONNX file."""
+    return model.lower().endswith(".onnx")
 
 
 @dataclass(frozen=True)
@@ -210,10 +251,10 @@ class Schedule:
             lr=config.lr,
             steps_per_epoch=steps_per_epoch(images, config.batch_size),
             epochs=config.epochs,
-            kind=config.schedule,
+            kind=config.schedule or "step",
             milestones=config.milestones,
             decay=config.lr_decay,
-            warmup_epochs=config.warmup_epochs,
+            warmup_epochs=config.warmup_epochs or 0.0,
             restarts=_restarts(config),
         )
 
@@ -283,18 +324,39 @@ def resolve(
         raise ConfigError(f"mean has {len(config.mean)} values, but the images have {len(mean)} channels.")
     if steps_per_epoch(images, config.batch_size) < 1:
         raise ConfigError(f"{images} training images are too few; take less for validation, or another data set.")
-    family = config.model.rpartition(":")[2].lower()
-    epochs = config.epochs or (160 if family.startswith(LONG_TRAINED) else 20)
-    rate = ADAM_RATE if config.optimizer == "adam" else 0.1 if batch_norms(model) else 0.01
+    tuned = is_onnx(config.model) and not config.reinit  # training goes on where another one ended
+    optimizer = config.optimizer or ("adam" if tuned else "sgd")
+    epochs = config.epochs or _usual_epochs(config, images)
+    adam = DISTILLING_RATE if config.teacher else ADAM_RATE
     found: dict[str, Any] = {
         "epochs": epochs,
-        "lr": rate,
+        "warmup_epochs": WARMUP * epochs if config.teacher else 0.0,
+        "optimizer": optimizer,
+        "schedule": "cosine" if tuned else "step",
+        "lr": adam if optimizer == "adam" else 0.1 if batch_norms(model) and not tuned else 0.01,
+        "validation": usual_validation(config),
+        "temperature": TEMPERATURE if config.teacher else None,
         "augment": augment,
         "mean": tuple(map(float, mean)),
         "std": tuple(map(float, std)),
     }
     chosen = _fill(config, found)
     return _fill(chosen, method.defaults(chosen, Schedule.of(chosen, images)))
+
+
+def usual_validation(config: TrainConfig) -> float:
+    """Return the fraction of images that is held out, the given one or the usual one."""
+    if config.validation is not None:
+        return config.validation
+    return 0.0 if config.teacher else 0.1
+
+
+def _usual_epochs(config: TrainConfig, images: int) -> int:
+    """Return how long a run is when not told."""
+    if config.teacher:
+        return max(20, math.ceil(SHOWN / images))
+    family = config.model.rpartition(":")[2].lower()
+    return 160 if family.startswith(LONG_TRAINED) and not is_onnx(config.model) else 20
 
 
 def _fill(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:

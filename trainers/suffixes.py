@@ -14,10 +14,20 @@ from torch import fx, nn
 
 from prune_onnx.graph_ops.errors import ConfigError
 
+from .from_onnx.base import Operation
+from .masks import is_layer
 from .trace import Layer, evaluating
 
 STACKED = 2**23
 """Entries of one layer's stacked maps that are held at a time."""
+
+
+class _Tracer(fx.Tracer):
+    """Follows a network from operation to operation; what stands for a node of an ONNX file is one."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        whole = isinstance(m, Operation | nn.modules.batchnorm._BatchNorm) or is_layer(m)
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Keeping(fx.Interpreter):
@@ -44,7 +54,7 @@ class Suffixes:
         self._model, self._inputs = model, inputs
         try:
             with evaluating(model):  # a functional dropout reads the mode when the graph is made
-                self._runner = _Keeping(fx.symbolic_trace(model))
+                self._runner = _Keeping(fx.GraphModule(model, _Tracer().trace(model)))
         except Exception as error:  # the network's own code runs on stand-ins for tensors: anything may come
             raise ConfigError(
                 f"backward-selection cannot follow this network's forward pass ({error}). Try --method taylor."

@@ -299,7 +299,7 @@ def test_a_stage_that_is_not_configured_is_an_error(tmp_path: Path, stages: Stag
     ("options", "message"),
     [
         ({"train": None, "slim": (), "eval": None}, r"there is nothing to do"),
-        ({"train": {"model": "x", "dataset": "y"}}, r"\[train\]: method is missing"),
+        ({"train": {"method": "x", "dataset": "y"}}, r"\[train\]: model is missing"),
         ({"slim": {"keep_mac": 0.5}}, r"\[slim\]: keep_mac: unknown key\. Did you mean"),
         ({"slim": [{}, {"keep-macs": 7}]}, r"\[\[slim\]\] number 2: keep_macs: 7 should be less"),
         ({"slim": {"input": "x.onnx"}}, r"\[slim\]: input: it is what the stage before writes"),

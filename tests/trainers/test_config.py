@@ -17,7 +17,18 @@ from pydantic import ValidationError
 from torch import nn
 
 from prune_onnx.graph_ops.errors import ConfigError
-from prune_onnx.trainers.config import INCIDENTAL, METHOD_OPTIONS, Schedule, TrainConfig, resolve, steps_per_epoch
+from prune_onnx.trainers.config import (
+    ADAM_RATE,
+    DISTILLING_RATE,
+    INCIDENTAL,
+    METHOD_OPTIONS,
+    SHOWN,
+    WARMUP,
+    Schedule,
+    TrainConfig,
+    resolve,
+    steps_per_epoch,
+)
 from prune_onnx.trainers.methods import METHODS, method_class
 
 NEEDED = {"model": "bn-cnn", "dataset": "digits", "method": "plain", "output": "run"}
@@ -56,6 +67,11 @@ def test_reading_the_options_does_not_import_torch() -> None:
         {"resume": True, "force": True},
         {"learning_rate": 0.1},
         {"schedule": "linear"},
+        {"data": "images"},
+        {"dataset": None},
+        {"reinit": True},
+        {"temperature": 2.0},
+        {"train_size": 1},
     ],
     ids=str,
 )
@@ -103,10 +119,33 @@ def test_defaults_follow_the_network() -> None:
     assert resolve(config(model="vgg16"), NORMED, images=99, augment="none", mean=(0,), std=(1,)).epochs == 160
 
 
+def of_file(images: int = 1000, **options: object) -> TrainConfig:
+    return resolve(config(**{"model": "a.ONNX", **options}), NORMED, images=images, augment="none", mean=(0,), std=(1,))
+
+
+def test_defaults_of_an_onnx_file_go_on_where_its_training_ended() -> None:
+    tuned, fresh = of_file(), of_file(model="resnet20.onnx", reinit=True)
+    assert (tuned.optimizer, tuned.schedule, tuned.epochs, tuned.lr) == ("adam", "cosine", 20, ADAM_RATE)
+    assert (fresh.optimizer, fresh.schedule, fresh.epochs, fresh.lr) == ("sgd", "step", 20, 0.1)
+    assert of_file(optimizer="sgd").lr == 0.01
+    assert tuned.validation == 0.1
+
+
+def test_a_teacher_needs_no_validation_images_and_shows_a_fixed_number() -> None:
+    few, many = (of_file(images, teacher=Path("b.onnx")) for images in (1000, 10**6))
+    assert few.validation == 0
+    assert few.epochs * 1000 == SHOWN
+    assert many.epochs == 20
+    assert few.temperature is not None
+    assert few.lr == DISTILLING_RATE
+    assert few.warmup_epochs == WARMUP * few.epochs
+
+
 def test_what_is_given_is_taken_as_it_is() -> None:
     given = {
         "method": "proximal-ns", "lambda": 1e-9, "penalty": 3.0, "every": "epoch", "init_gamma": 0.7, "lr": 0.3,
-        "epochs": 2, "augment": "none", "mean": (0.0,), "std": (1.0,),
+        "epochs": 2, "augment": "none", "mean": (0.0,), "std": (1.0,), "optimizer": "adam", "schedule": "constant",
+        "validation": 0.2, "warmup_epochs": 0.5,
     }  # fmt: skip
     assert resolved(**given) == config(**given)
 
