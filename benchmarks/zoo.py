@@ -1,6 +1,6 @@
 """Export the architectures of the coverage benchmark to ONNX, with random weights.
 
-    python benchmarks/zoo.py FOLDER [NAME ...] [--exporter torchscript|dynamo]
+    python benchmarks/zoo.py FOLDER [NAME ...] [--more] [--exporter torchscript|dynamo] [--dynamic]
 
 Needs torchvision and timm (``pip install --no-deps torchvision timm`` beside a CPU build of torch). Weights are random;
 BatchNorm scales, shifts and statistics, biases and layer scales are randomised too, so that a wrong index cannot hide
@@ -70,6 +70,94 @@ TIMM = [
 ]
 ARCHITECTURES = (*TORCHVISION, *TIMM)
 
+# Beyond the comparison: other families of timm, torchvision's segmentation models, and a detector.
+SEGMENTATION = [
+    "lraspp_mobilenet_v3_large",
+    "deeplabv3_mobilenet_v3_large",
+    "fcn_resnet50",
+]
+DETECTOR = "detector"
+MORE_TIMM = [
+    "bat_resnext26ts",
+    "botnet26t_256",
+    "caformer_s18",
+    "cait_xxs24_224",
+    "coat_lite_tiny",
+    "coatnet_0_rw_224",
+    "convmixer_1024_20_ks9_p14",
+    "convnext_atto",
+    "convnextv2_atto",
+    "crossvit_tiny_240",
+    "cs3darknet_focus_s",
+    "cspresnext50",
+    "darknet53",
+    "davit_tiny",
+    "densenetblur121d",
+    "dla46_c",
+    "dla60_res2net",
+    "dpn48b",
+    "ecaresnet26t",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "efficientnet_lite0",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "fastvit_sa12",
+    "fbnetc_100",
+    "focalnet_tiny_srf",
+    "gcvit_xxtiny",
+    "gernet_s",
+    "ghostnetv2_100",
+    "hardcorenas_a",
+    "hgnet_tiny",
+    "hgnetv2_b0",
+    "inception_next_tiny",
+    "inception_resnet_v2",
+    "inception_v4",
+    "lambda_resnet26t",
+    "lcnet_100",
+    "legacy_seresnet18",
+    "legacy_xception",
+    "mambaout_femto",
+    "maxvit_pico_rw_256",
+    "mixer_s32_224",
+    "mobilenetv3_small_050",
+    "mobilenetv4_hybrid_medium",
+    "mobilevitv2_050",
+    "nest_tiny",
+    "nextvit_small",
+    "nf_regnet_b0",
+    "poolformerv2_s12",
+    "pvt_v2_b0",
+    "regnetz_b16",
+    "repghostnet_050",
+    "repvit_m0_9",
+    "res2next50",
+    "resmlp_12_224",
+    "resnet26t",
+    "resnetv2_50",
+    "resnetv2_50x1_bit",
+    "rexnetr_200",
+    "sebotnet33ts_256",
+    "sequencer2d_s",
+    "seresnet50",
+    "seresnext26d_32x4d",
+    "shvit_s1",
+    "skresnext50_32x4d",
+    "starnet_s1",
+    "swinv2_cr_tiny_ns_224",
+    "tf_efficientnet_b0",
+    "tiny_vit_5m_224",
+    "tinynet_a",
+    "tresnet_m",
+    "twins_svt_small",
+    "visformer_tiny",
+    "vovnet39a",
+    "xception41p",
+    "xcit_nano_12_p16_224",
+]
+MORE = (DETECTOR, *SEGMENTATION, *MORE_TIMM)
+
 
 def declare_torchvision_operators() -> None:
     """Let a torchvision wheel built for CUDA import beside a CPU build of torch: its C++ library cannot load there, so
@@ -83,7 +171,15 @@ def declare_torchvision_operators() -> None:
 def build(name: str) -> torch.nn.Module:
     """Return an architecture in evaluation mode with randomised weights."""
     torch.manual_seed(0)
-    if name in TIMM:
+    if name == DETECTOR:
+        from detector import Detector
+
+        model = Detector()
+    elif name in SEGMENTATION:
+        import torchvision
+
+        model = Segmentation(torchvision.models.segmentation.__dict__[name](weights=None, weights_backbone=None))
+    elif name not in TORCHVISION:
         import timm
 
         model = timm.create_model(name, pretrained=False, exportable=True)
@@ -94,6 +190,17 @@ def build(name: str) -> torch.nn.Module:
         model = torchvision.models.get_model(name, weights=None, **extra)
     randomise(model)
     return model.eval()
+
+
+class Segmentation(torch.nn.Module):
+    """A segmentation model whose output is its map of scores alone."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)["out"]
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -113,38 +220,48 @@ def image_size(name: str, model: torch.nn.Module) -> int:
     """Side of the square input that the architecture is made for."""
     if name == "inception_v3":
         return 299
+    if name == DETECTOR or name in SEGMENTATION:
+        return 128
     config = getattr(model, "default_cfg", None) or {}
     return config["input_size"][-1] if config else 224
 
 
-def export(name: str, path: Path, exporter: str = "torchscript") -> None:
+def export(name: str, path: Path, exporter: str = "torchscript", dynamic: bool = False) -> None:
     """Write one architecture."""
     model = build(name)
-    image = torch.randn(1, 3, image_size(name, model), image_size(name, model))
+    image = torch.randn(2 if dynamic else 1, 3, image_size(name, model), image_size(name, model))
     torch.backends.mha.set_fastpath_enabled(False)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if exporter == "dynamo":
-            torch.onnx.export(model, (image,), str(path), dynamo=True, external_data=False, verbose=False)
+            sizes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+            torch.onnx.export(
+                model, (image,), str(path), dynamo=True, external_data=False, verbose=False, dynamic_shapes=sizes
+            )
         else:
-            torch.onnx.export(model, (image,), str(path), dynamo=False, opset_version=17)
+            axes = {"image": {0: "batch"}} if dynamic else None
+            torch.onnx.export(
+                model, (image,), str(path), dynamo=False, opset_version=17, input_names=["image"], dynamic_axes=axes
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", default=ARCHITECTURES)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--more", action="store_true", help="the architectures beyond those of the comparison")
     parser.add_argument("--exporter", default="torchscript", choices=("torchscript", "dynamo"))
+    parser.add_argument("--dynamic", action="store_true", help="leave the batch size open")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     declare_torchvision_operators()
-    for name in options.names or ARCHITECTURES:
+    for name in options.names or (MORE if options.more else ARCHITECTURES):
         path = options.folder / f"{name}.onnx"
         if path.exists():
             continue
         started = time.perf_counter()
         try:
-            export(name, path.with_suffix(".part"), options.exporter)
+            export(name, path.with_suffix(".part"), options.exporter, options.dynamic)
             path.with_suffix(".part").rename(path)
             print(f"{name}: {path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s", flush=True)
         except Exception as error:  # one architecture that does not export must not stop the others

@@ -246,7 +246,7 @@ def test_options_of_a_gpu_reach_eval(invoke: Invoke, judging: Stage) -> None:
     ("arguments", "message"),
     [
         (["--cuda-graph"], "cuda_graph is an option of provider cuda and tensorrt, not of cpu"),
-        (["--cuda-layout", "nhwc"], "cuda-layout is an option of provider cuda, not of cpu"),
+        (["--cuda-layout", "nhwc"], "cuda_layout is an option of provider cuda, not of cpu"),
         (["--provider", "cuda", "--fp16"], "fp16 is an option of provider tensorrt, not of cuda"),
         (["--provider", "tensorrt", "--no-tf32"], "tf32 is an option of provider cuda, not of tensorrt"),
         (["--provider", "cuda", "--pin"], "pin is an option of provider cpu, not of cuda"),

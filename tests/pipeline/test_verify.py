@@ -10,6 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from prune_onnx.graph_ops.errors import ModelError, VerificationError
+from prune_onnx.pipeline import verify as module
 from prune_onnx.pipeline.verify import TOLERANCE, verify
 
 from ..graph_ops.builder import Net
@@ -111,3 +112,22 @@ def test_a_result_that_does_not_run() -> None:
     broken.graph.node[0].input[1] = "x"
     with pytest.raises((VerificationError, ModelError)):
         verify(model(), broken, FEEDS, "original")
+
+
+@pytest.mark.parametrize(("own", "passes"), [(1.0, True), (0.0, False)])
+def test_optimisations_may_change_the_result_as_much_as_the_reference(
+    monkeypatch: pytest.MonkeyPatch, own: float, passes: bool
+) -> None:
+    """A net that amplifies rounding moves under the optimisations; a result that alone moves is wrong."""
+    result, real = scaled(1 + 1e-6), module._optimised
+
+    def moved(candidate: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        factor = 1.0 if candidate is result else own
+        return [out * np.float32(1 + 1e-3 * factor) for out in real(candidate, feeds)]
+
+    monkeypatch.setattr(module, "_optimised", moved)
+    if passes:
+        assert verify(model(), result, FEEDS, "masked").passed
+    else:
+        with pytest.raises(VerificationError, match="differs from the masked model's"):
+            verify(model(), result, FEEDS, "masked")

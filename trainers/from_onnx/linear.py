@@ -96,3 +96,18 @@ def matmul(op: Operation, a: Tensor, b: Tensor) -> Tensor:
 @operator("Einsum")
 def einsum(op: Operation, *inputs: Tensor) -> Tensor:
     return torch.einsum(op.attribute("equation"), *inputs)
+
+
+@operator("Attention")
+def attention(op: Operation, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *past: Tensor) -> Tensor:
+    """Scaled dot products of (batch, heads, length, size), or of (batch, length, heads * size) with counts of heads."""
+    if past or op.attribute("softcap", 0.0) or len([name for name in op.node.outputs if name]) > 1:
+        raise ModelError(f"{op.node} keeps a past, caps its scores or gives them out, which cannot be trained.")
+    flat = q.dim() == 3
+    if flat:
+        heads = [op.attribute("q_num_heads"), op.attribute("kv_num_heads"), op.attribute("kv_num_heads")]
+        q, k, v = (x.unflatten(2, (n, -1)).transpose(1, 2) for x, n in zip((q, k, v), heads, strict=True))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    causal = bool(op.attribute("is_causal", 0))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=op.attribute("scale"))
+    return y.transpose(1, 2).flatten(2) if flat else y
