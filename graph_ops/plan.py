@@ -151,7 +151,9 @@ class Planner:
         """
         target = self.budget.fraction * self.full
         if self.cost(self.base) <= target:  # exact removal is enough; fill up to the steps where that fits
-            return self._filled_up(target)
+            counts = self._filled_up(target)
+            if self.budget.align in ("auto", 1) or all(n == g.whole for n, g in zip(counts, self.groups, strict=True)):
+                return self.keep(counts)
         total = sum(group.alive for group in self.groups)
         low, high = 0, total  # low: known to fit (checked below), high: known not to
         if (reached := self.cost(self.smallest())) > target:
@@ -175,14 +177,14 @@ class Planner:
             counts = self._fill(counts, target, "fine")
         return self.keep(counts)
 
-    def _filled_up(self, target: float) -> np.ndarray:
+    def _filled_up(self, target: float) -> list[int]:
         """Nothing that is alive goes; dead units stay where they make a group's width a multiple of its step."""
         counts = [group.alive for group in self.groups]
         for g, group in enumerate(self.groups):
-            tried = [*counts[:g], max(group.rounded(group.alive), group.alive), *counts[g + 1 :]]
+            tried = [*counts[:g], group.whole, *counts[g + 1 :]]
             if tried != counts and self.cost(self.keep(tried)) <= target:
                 counts = tried
-        return self.keep(counts)
+        return counts
 
     def _fill(self, counts: list[int], target: float, pace: str = "steps") -> list[int]:
         """Give back what still fits, the most important units first, in steps, ``fine`` ones or ``whole`` groups."""
@@ -213,7 +215,7 @@ class Planner:
         """How many units a group would take back next."""
         group = self.groups[g]
         if pace == "whole":
-            return max(group.alive - count, 0)
+            return max(group.whole - count, 0)
         return group.next(count, group.fine if pace == "fine" else group.options) - count
 
     def _urgency(self, g: int, count: int) -> float:
@@ -239,6 +241,11 @@ class _Group:
     alive: int
     options: list[int]
     fine: list[int]
+
+    @property
+    def whole(self) -> int:
+        """Everything that is alive, and what is dead as far as that fills up a step."""
+        return max(self.rounded(self.alive), self.alive)
 
     def rounded(self, count: int) -> int:
         """The smallest aligned count that is large enough, else the largest."""

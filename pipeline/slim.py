@@ -218,6 +218,7 @@ def _decide(
     base = ~removable(analysis, known)
     fraction = config.budget[1]
     if config.calibration is not None and fraction is not None:
+        base = _filled_up(config, analysis, base)
         return _Decision(base, carry(analysis, known, base), True, None, planned=False)
     if config.plan is not None and not config.dry_run:
         try:
@@ -229,9 +230,8 @@ def _decide(
         return _Decision(keep, carry(analysis, known, keep), exact, None)
     if fraction is None and config.align in ("auto", 1):
         return _Decision(base, carry(analysis, known, base), True, None)
-    if fraction is None:  # dead channels stay where they fill up a step
-        budget = planning.Budget("keep_channels", 1.0, align=config.align)
-        base = planning.Planner(analysis, np.zeros(analysis.units), base, budget).solve()
+    if fraction is None:
+        base = _filled_up(config, analysis, base)
         return _Decision(base, carry(analysis, known, base), True, None)
     criterion = config.criterion or DEFAULT_CRITERION
     scores = importance(analysis, criterion, scope=config.scope, seed=config.seed)
@@ -249,6 +249,12 @@ def _decide(
         keep = _planner(config, analysis, scores, base, fraction, latency).solve()
     exact = not (base & ~keep).any()
     return _Decision(keep, carry(analysis, known, keep), exact, criterion)
+
+
+def _filled_up(config: SlimConfig, analysis: Analysis, base: np.ndarray) -> np.ndarray:
+    """Take dead channels back where they make a width a multiple of its step."""
+    budget = planning.Budget("keep_channels", 1.0, align=config.align)
+    return planning.Planner(analysis, np.zeros(analysis.units), base, budget).solve()
 
 
 def _planner(

@@ -246,3 +246,16 @@ class TestJson:
         text = self.edited(lambda raw: raw["groups"][-1]["kept"].clear())
         with pytest.raises(PlanError, match="pinned here"):
             plan.from_json(setting()[0], text)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.8, 0.75, 0.7, 0.6, 0.5])
+def test_what_is_left_of_a_group_with_dead_channels_is_aligned(fraction: float) -> None:
+    """Dead channels fill up the steps also where a whole group fits in: 17 of 24 would leave the fast path."""
+    analysis, base = setting()
+    dead = base.copy()
+    for group in analysis.groups[:-1]:
+        dead[group.units[::4][1:]] = False
+    budget = Budget("keep_macs", fraction, align=8, min_keep=0.0)
+    keep = Planner(analysis, importance(analysis, "l2"), dead, budget).solve()
+    for group in analysis.groups[:-1]:
+        assert keep[group.units].sum() % 8 == 0, group.name
