@@ -345,7 +345,9 @@ def write(rows: dict[str, Row], out: Path) -> None:
     for package in ("torchvision", "timm", "torch-pruning", "onnxsim"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    report = {"environment": environment, "versions": versions, "command": ["python", *sys.argv],
+    command = ["python", *(Path(part).name if Path(part).is_absolute() else part for part in sys.argv)]
+    environment["argv"] = command
+    report = {"environment": environment, "versions": versions, "command": command,
               "summary": summarise(rows), "models": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -293,6 +293,7 @@ class Analysis:
     pinned: np.ndarray
     groups: list[ChannelGroup]
     group_of: np.ndarray
+    _vectors: list[Vector] | None = field(default=None, repr=False)
 
     def drop_unread(self, keep: np.ndarray) -> np.ndarray:
         """Return ``keep`` without the sources that only forks read and that all of these dropped."""
@@ -322,11 +323,11 @@ class Analysis:
 
     def vectors(self) -> list[Vector]:
         """Return every distinct vector of units; each must keep at least one position."""
-        seen: dict[bytes, Vector] = {}
-        for axes in self.axes.values():
-            for vector in axes.values():
-                seen.setdefault(vector.tobytes(), vector)
-        return list(seen.values())
+        if self._vectors is None:
+            # Most of them are one array wherever they occur; comparing contents is for the rest.
+            arrays = {id(vector): vector for axes in self.axes.values() for vector in axes.values()}
+            self._vectors = list({vector.tobytes(): vector for vector in arrays.values()}.values())
+        return self._vectors
 
 
 def analyse(
@@ -374,10 +375,13 @@ def analyse(
 
 def _dead_choices(ctx: Context) -> list[tuple[str, int]]:
     """Choices of an axis along which nothing can be cut, and that have another option."""
-    pinned = _pinned_roots(ctx)
+    if not ctx.choices:
+        return []
+    root = ctx.labels.roots()
+    pinned = _pinned_roots(ctx, root)
     dead = []
     for key, (count, vector) in ctx.choices.items():
-        roots = ctx.labels.find(vector)
+        roots = root[vector]
         if ctx.options.get(key, 0) < count - 1 and (pinned[roots].all() or (roots == roots[0]).all()):
             dead.append(key)
     return dead
@@ -408,19 +412,20 @@ def _pass(ctx: Context, ignore: Sequence[str]) -> Context:
     return ctx
 
 
-def _pinned_roots(ctx: Context) -> np.ndarray:
+def _pinned_roots(ctx: Context, root: Vector) -> np.ndarray:
     pinned = np.zeros(ctx.labels.count, bool)
     for pin in ctx.pins:
-        pinned[ctx.labels.find(pin.labels)] = True
+        pinned[root[pin.labels]] = True
     return pinned
 
 
 def _free(ctx: Context) -> int:
     """Number of produced positions that can go: what a choice of axes is judged by. A unit alone cannot."""
-    pinned = _pinned_roots(ctx)
+    root = ctx.labels.roots()
+    pinned = _pinned_roots(ctx, root)
     free = 0
     for producer in ctx.producers:
-        roots = ctx.labels.find(producer.labels)
+        roots = root[producer.labels]
         if (roots != roots[0]).any():
             free += int((~pinned[roots]).sum())
     return free
@@ -432,14 +437,19 @@ def _resolve(ctx: Context) -> Analysis:
     everything += [v for o in ctx.operands for v in o.axes.values()] + [p.labels for p in ctx.producers]
     everything += [f.source for f in ctx.forks]
     everything += [c.labels for c in ctx.contractions] + [v for w in ctx.works for v in w.factors]
-    used = np.unique(ctx.labels.find(np.concatenate(everything))) if everything else np.zeros(0, np.int64)
+    root = ctx.labels.roots()
+    seen = np.zeros(ctx.labels.count, bool)
+    for vector in {id(v): v for v in everything}.values():
+        seen[root[vector]] = True
+    used = np.flatnonzero(seen)
     unit = np.full(ctx.labels.count, -1, np.int64)
     unit[used] = np.arange(len(used))
+    unit = unit[root]
     cache: dict[int, Vector] = {}
 
     def units(vector: Vector) -> Vector:
         if id(vector) not in cache:
-            cache[id(vector)] = unit[ctx.labels.find(vector)]
+            cache[id(vector)] = unit[vector]
         return cache[id(vector)]
 
     pinned = np.zeros(len(used), bool)

@@ -19,6 +19,7 @@ import numpy as np
 
 from .analysis import Analysis, Contraction
 from .constants import Constants
+from .rules.conv import reads_anything
 
 
 @dataclass
@@ -117,15 +118,9 @@ def _sums(analysis: Analysis, known: Constants) -> tuple[list[_Sum], list[Contra
             vector = made.get(contraction.node.index)
             if vector is not None and len(vector) == grid.shape[0] * grid.shape[1]:
                 out_units = vector.reshape(grid.shape[:2])
-        sums.append(_Sum(contraction, _reads(grid), out_units, constant, value))
+        sums.append(_Sum(contraction, reads_anything(grid), out_units, constant, value))
     known.memo = (sums, others)
     return known.memo
-
-
-def _reads(grid: np.ndarray) -> np.ndarray:
-    """Where a weight grid has anything but zeros, bool (groups, out / group, in / group)."""
-    first = grid[..., 0] != 0  # which decides it for nearly every trained weight
-    return first if first.all() else (grid != 0).any(3)
 
 
 def _is_plain(contraction: Contraction, weight: np.ndarray | None) -> bool:

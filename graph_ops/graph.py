@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,19 +41,20 @@ class Node:
     captured: frozenset[str] = frozenset()
     _attributes: dict[str, Any] | None = field(default=None, repr=False)
 
-    @property
+    # Read over and over by every pass; a protobuf message makes new strings each time.
+    @functools.cached_property
     def op_type(self) -> str:
         return self.proto.op_type
 
-    @property
+    @functools.cached_property
     def domain(self) -> str:
         return "" if self.proto.domain == "ai.onnx" else self.proto.domain
 
-    @property
+    @functools.cached_property
     def inputs(self) -> list[str]:
         return list(self.proto.input)
 
-    @property
+    @functools.cached_property
     def outputs(self) -> list[str]:
         return list(self.proto.output)
 
@@ -190,7 +192,7 @@ def tensor_value(tensor: onnx.TensorProto) -> np.ndarray:
         if position is not None:
             stored = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=b"")
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            if dtype.itemsize * int(np.prod(tensor.dims)) == position[2]:
+            if dtype.itemsize * math.prod(tensor.dims) == position[2]:
                 return np.asarray(raw_bytes(tensor)).view(dtype).reshape(tuple(tensor.dims))
             stored.raw_data = bytes(raw_bytes(tensor))
             return numpy_helper.to_array(stored)

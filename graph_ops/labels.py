@@ -47,6 +47,10 @@ class Labels:
         self._parent[labels] = root
         return root
 
+    def roots(self) -> Vector:
+        """Return the representative of every label, (count,); valid until the next join."""
+        return self.find(np.arange(self.count))
+
     def join(self, a: Vector, b: Vector) -> None:
         """Join ``a[i]`` with ``b[i]`` for every i (shapes broadcast)."""
         a, b = np.broadcast_arrays(a, b)

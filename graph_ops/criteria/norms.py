@@ -9,6 +9,7 @@ import numpy as np
 from .base import Evidence, Scores, Total, criterion, producing_weights
 
 Norm = Callable[[np.ndarray], np.ndarray]
+"""Of every row; sums in float64, and where that is not enough (squares that overflow) of rows in float64."""
 
 
 def gather(evidence: Evidence, norm: Norm) -> Scores:
@@ -29,13 +30,15 @@ def gather(evidence: Evidence, norm: Norm) -> Scores:
 
 
 def _by_channel(weight: np.ndarray, axis: int, norm: Norm) -> np.ndarray:
-    """Apply a norm to every slice of ``axis`` in float64, a few at a time: a large layer never exists twice."""
+    """Apply a norm to every slice of ``axis``, a few at a time: a large layer never exists twice."""
     rows = np.moveaxis(weight, axis, 0)
     step = max(1, 2**17 // max(1, weight.size // len(rows)))
-    parts = [
-        norm(np.asarray(rows[i : i + step], np.float64).reshape(len(rows[i : i + step]), -1))
-        for i in range(0, len(rows), step)
-    ]
+    kind = weight.dtype if weight.dtype in (np.float32, np.float64) else np.float64
+    parts = []
+    for i in range(0, len(rows), step):
+        part = np.asarray(rows[i : i + step], kind).reshape(len(rows[i : i + step]), -1)
+        found = norm(part)
+        parts.append(found if np.isfinite(found).all() else norm(part.astype(np.float64)))
     return np.concatenate(parts)
 
 
@@ -45,7 +48,7 @@ def l1(evidence: Evidence) -> Scores:
 
     Coupled filters count alike, each relative to its layer's mean. Global: divided by the group's mean.
     """
-    return gather(evidence, lambda rows: np.abs(rows).sum(1))
+    return gather(evidence, lambda rows: np.abs(rows).sum(1, dtype=np.float64))
 
 
 @criterion("l2")
@@ -54,4 +57,4 @@ def l2(evidence: Evidence) -> Scores:
 
     Coupled filters count alike, each relative to its layer's mean. Global: divided by the group's mean.
     """
-    return gather(evidence, lambda rows: np.sqrt(np.square(rows).sum(1)))
+    return gather(evidence, lambda rows: np.sqrt(np.square(rows).sum(1, dtype=np.float64)))

@@ -28,6 +28,14 @@ def is_padded(node: Node) -> bool:
     return any(node.attribute("pads", ())) or str(node.attribute("auto_pad", "NOTSET")).startswith("SAME")
 
 
+def reads_anything(weight: np.ndarray) -> np.ndarray:
+    """Where the last axis of a weight holds anything but zeros, bool, that axis less."""
+    if weight.shape[-1] == 0:
+        return np.zeros(weight.shape[:-1], bool)
+    first = weight[..., 0] != 0  # which decides it for nearly every trained weight
+    return first if first.all() else (weight != 0).any(-1)
+
+
 @rule("Conv")
 @rule("FusedConv", domain=MICROSOFT)
 class Conv(Rule):
@@ -151,7 +159,7 @@ class Conv(Rule):
         if any(name and known.value(name) is None for name in node.inputs[2:]):
             return  # a bias that depends on data
         group = node.attribute("group", 1)
-        reads = (weight != 0).reshape(*weight.shape[:2], -1).any(2)
+        reads = reads_anything(weight.reshape(*weight.shape[:2], -1))
         if self.out_axis == 1:  # (in, out / group) -> (out, in / group)
             reads = reads.reshape(group, -1, reads.shape[1]).transpose(0, 2, 1).reshape(-1, reads.shape[0] // group)
         usable = known.flags(x, 1)

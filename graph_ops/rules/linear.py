@@ -13,6 +13,7 @@ from ..analysis import Contraction, Work
 from ..graph import Node
 from ..labels import Vector
 from .base import Rule, product, rule
+from .conv import reads_anything
 
 if TYPE_CHECKING:
     from ..analysis import Context
@@ -116,7 +117,7 @@ class MatMul(Rule):
             return
         x = node.inputs[0]
         bad = ~known.flags(x, len(known.shape(x)) - 1)
-        known.set(y, axis, ~((right != 0) & bad[:, None]).any(0))
+        known.set(y, axis, ~(reads_anything(right.T) if bad.all() else reads_anything(right.T[:, bad])))
 
 
 @rule("MatMulInteger")
@@ -187,6 +188,6 @@ class Gemm(Rule):
         bias = known.value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.zeros(1)
         if bias is None or (bias.ndim == 2 and bias.shape[0] > 1):
             return
-        reads = (weight != 0) if node.attribute("transB", 0) else (weight != 0).T
+        rows = weight if node.attribute("transB", 0) else weight.T
         bad = ~known.flags(a, 0 if node.attribute("transA", 0) else 1)
-        known.set(y, 1, ~(reads & bad).any(1))
+        known.set(y, 1, ~(reads_anything(rows) if bad.all() else reads_anything(rows[:, bad])))
