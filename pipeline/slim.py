@@ -393,8 +393,9 @@ def _report(
     edits = decision.edits
     odd = _odd_widths(analysis, keep)
     if odd:
+        count = "1 convolution is" if len(odd) == 1 else f"{len(odd)} convolutions are"
         notes.append(
-            f"{len(odd)} convolutions are left with a width that is no multiple of 4 ({', '.join(odd[:4])}"
+            f"{count} left with a width that is no multiple of 4 ({', '.join(odd[:4])}"
             f"{', ...' if len(odd) > 4 else ''}); ONNX Runtime may run them slower than wider ones. "
             "A budget, or --align 4, keeps widths aligned"
         )
