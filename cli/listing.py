@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +32,6 @@ class Listing:
 def described(registry: Registry[Any]) -> Rows:
     """Return the names of a registry of objects, each with the first line of its docstring."""
     return [(name, _first_line(registry.get(name).__doc__)) for name in registry]
-
-
-def described_by_module(registry: Registry[Any]) -> Rows:
-    """Return the names of a registry of objects, each with the first line of its module's docstring."""
-    return [(name, _first_line(sys.modules[registry.get(name).__module__].__doc__)) for name in registry]
 
 
 def described_unimported(registry: Registry[str], package: str) -> Rows:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from click.exceptions import Exit
+
 from prune_onnx.graph_ops.progress import Progress
 from prune_onnx.trainers.config import TrainConfig
 
 from .command import StageCommand
-from .listing import Listing, Rows, described_by_module, described_unimported
+from .listing import Listing, Rows, described_unimported
 from .output import show_train
 
 if TYPE_CHECKING:
@@ -20,10 +22,14 @@ EPILOG = """\b
 Examples:
   prune-onnx train --model bn-cnn --dataset digits --method proximal-ns -o runs/digits
   prune-onnx train --model vgg16 --dataset cifar10 --method network-slimming --data-dir data -o runs/vgg16
+  prune-onnx train --model vgg16 --dataset cifar10 --init runs/vgg16 --method taylor -o runs/pruned
+                                                        prunes a trained network
   prune-onnx train --model small.onnx --dataset cifar10 --method plain -o runs/tuned
                                                         fine-tunes any ONNX file
   prune-onnx train --model small.onnx --teacher dense.onnx --data images/ -o runs/tuned
                                                         the same without labels
+  torchrun --nproc-per-node 4 -m prune_onnx.cli.main train --model vgg16 ...
+                                                        on four GPUs; --batch-size is that of all together
   prune-onnx train -o runs/vgg16 --resume               goes on with the run's own options
 """
 
@@ -35,8 +41,12 @@ def work(config: TrainConfig, progress: Progress) -> TrainResult:
     checkpoint.pt, environment.json and result.json. Ctrl-C saves first; --resume goes on bit for bit.
     """
     from prune_onnx.pipeline.train import train
+    from prune_onnx.trainers.distributed import is_first
 
-    return train(config, progress)
+    result = train(config, progress)
+    if not is_first():
+        raise Exit(0)
+    return result
 
 
 def models() -> Rows:
@@ -50,7 +60,7 @@ def datasets() -> Rows:
     """Return the data sets."""
     from prune_onnx.trainers.data import DATASETS
 
-    return described_by_module(DATASETS)
+    return [(name, DATASETS.get(name).summary) for name in DATASETS]
 
 
 def methods() -> Rows:
@@ -75,21 +85,27 @@ command = StageCommand(
     show_train,
     arguments={},
     sections={
-        "What to train": ("model", "dataset", "method", "output", "resume", "epochs", "width", "reinit"),
+        "What to train": ("model", "dataset", "method", "output", "resume", "epochs", "width", "init",
+                          "reinit"),
         "Distillation: another network's answers in the place of labels": ("teacher", "temperature"),
-        "Data": ("data", "train_size", "data_dir", "download", "validation", "augment", "mean", "std"),
+        "Data": ("data", "train_size", "data_dir", "download", "validation", "augment", "mean", "std", "memory",
+                 "workers"),
         "Optimisation": (
             "batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "norm_decay", "schedule",
-            "milestones", "lr_decay", "warmup_epochs", "clip", "device", "precision", "checkpoint_every",
+            "milestones", "lr_decay", "warmup_epochs", "clip", "early_stop",
+        ),
+        "Machine": (
+            "device", "precision", "compile", "channels_last", "sync_bn", "checkpoint_every", "tensorboard",
         ),
         "Sparsity (the method's own)": (
             "lambda", "penalty", "every", "init_gamma", "direction", "layers", "prox", "prune_ratio",
             "prune_ratio_start", "scope", "rounds", "retrain_epochs", "rewind", "samples", "alpha", "conv_alpha",
-            "variant", "rho", "fw_steps", "norm_share",
+            "variant", "rho", "fw_steps", "norm_share", "coupled",
+            "residual",
         ),
     },
     metavars={"model": "NAME|FILE.onnx", "dataset": "NAME", "method": "NAME", "output": "RUN_DIR", "data_dir": "DIR",
-              "teacher": "FILE.onnx", "data": "SPEC"},
+              "teacher": "FILE.onnx", "data": "SPEC", "init": "RUN_DIR|FILE.pt"},
     listings=(
         Listing("--list-models", "List the networks, and stop.", models),
         Listing("--list-datasets", "List the data sets, and stop.", datasets),

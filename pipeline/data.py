@@ -22,7 +22,7 @@ from prune_onnx.graph_ops.registry import close_matches
 from prune_onnx.trainers.data import DATASETS, load_dataset
 from prune_onnx.trainers.data.arrays import CHANNELS, read_arrays
 from prune_onnx.trainers.data.base import choose
-from prune_onnx.trainers.data.pictures import Size, read_folder, scaled
+from prune_onnx.trainers.data.pictures import PictureFiles, Size, read_folder, scaled
 
 Dims = tuple[int | None, ...]
 """Sizes of a model's input; ``None`` where its file leaves them open."""
@@ -129,7 +129,8 @@ def open_samples(
             raise ConfigError(f"unknown split {split!r}; a data set has 'train' and 'test'.")
         found = load_dataset(dataset, data_dir, download=download, progress=progress)
         images, labels = getattr(found, f"{split}_images"), getattr(found, f"{split}_labels")
-        return Samples(dataset, images, labels=labels, mean=found.mean, std=found.std).subset(limit, seed)
+        samples = Samples(dataset, images, labels=labels, mean=found.mean, std=found.std).subset(limit, seed)
+        return replace(samples, images=samples.images.read(progress)) if isinstance(images, PictureFiles) else samples
     path = Path(data)
     if path.is_dir():
         images, labels = read_folder(path, size=size, channels=channels, num_classes=num_classes, limit=limit,

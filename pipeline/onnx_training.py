@@ -16,6 +16,7 @@ from prune_onnx.graph_ops.progress import Progress
 from prune_onnx.trainers.config import TrainConfig, is_onnx
 from prune_onnx.trainers.data import Dataset, load_dataset
 from prune_onnx.trainers.data.base import choose
+from prune_onnx.trainers.data.pictures import PictureFiles, open_folder
 
 from .data import Samples, image_input, open_samples, recipe_for
 
@@ -48,7 +49,11 @@ def open_images(config: TrainConfig, progress: Progress) -> Dataset:
         chosen = choose(len(found.train_labels), config.train_size, config.seed)
         return replace(found, train_images=found.train_images[chosen], train_labels=found.train_labels[chosen])
     channels, size = image_input(model_io.load(config.model)) if is_onnx(config.model) else (None, None)
-    samples = open_samples(data=config.data, seed=config.seed, size=size, channels=channels, progress=progress)
+    if Path(config.data).is_dir():
+        pictures, found = open_folder(Path(config.data), size=size, channels=channels, progress=progress)
+        samples = Samples(str(config.data), pictures, labels=found)
+    else:
+        samples = open_samples(data=config.data, seed=config.seed, size=size, channels=channels, progress=progress)
     if samples.images is None:
         raise DataError(f"{samples.name} holds floats; training wants uint8 images, which it augments.")
     if samples.labels is None and config.teacher is None:
@@ -74,6 +79,20 @@ def open_images(config: TrainConfig, progress: Progress) -> Dataset:
         class_names=(),
         augment="none",
     )
+
+
+def in_memory(data: Dataset, config: TrainConfig, progress: Progress) -> Dataset:
+    """Return the data set with its pictures read, unless they are more than ``config.memory`` gibibytes.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    parts = {"train_images": data.train_images, "test_images": data.test_images}
+    files = {key: images for key, images in parts.items() if isinstance(images, PictureFiles)}
+    if sum(images.nbytes for images in files.values()) > config.memory * 2**30:
+        progress.note(f"pictures of {data.name} stay in their files, which {config.workers} processes read")
+        return data
+    return replace(data, **{key: images.read(progress) for key, images in files.items()})
 
 
 def unlabelled(data: Dataset) -> bool:
@@ -216,7 +235,7 @@ def label(data: Dataset, teacher: nn.Module, config: TrainConfig, device: torch.
     for images in (data.train_images, data.test_images):
         batches = Batches(
             images, np.zeros(len(images), np.int64), mean=config.mean or data.mean, std=config.std or data.std,
-            device=device,
+            device=device, workers=config.workers,
         )  # fmt: skip
         with torch.no_grad():
             found = [teacher(x) for x, _ in batches.in_order(EVALUATION_BATCH)]

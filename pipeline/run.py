@@ -20,6 +20,7 @@ from prune_onnx.graph_ops.errors import ConfigError, ModelError, OutputError
 from prune_onnx.graph_ops.files import write_bytes, write_text
 from prune_onnx.graph_ops.progress import SILENT, Progress
 from prune_onnx.trainers.config import TrainConfig
+from prune_onnx.trainers.distributed import processes
 
 from .config import keys, parse
 from .environment import capture
@@ -216,10 +217,13 @@ def run(config: RunConfig, stage: StageName | None = None, progress: Progress = 
 
     Raises:
         PruneOnnxError: whatever a stage raises; the stages before it are finished then.
-        ConfigError: ``stage`` is not in the configuration, or the file that it starts from is missing.
+        ConfigError: ``stage`` is not in the configuration, the file that it starts from is missing, or several
+            processes were started.
         OutputError: a stage's folder holds files of something else, or cannot be written.
     """
     began = time.perf_counter()
+    if processes() > 1:
+        raise ConfigError("run works in one process. Train with torchrun and train, then call run without it.")
     stages = config.stages()
     if stage is not None and stage not in [s.name for s in stages]:
         raise ConfigError(f"--stage {stage}: the configuration has no [{stage}] table.")

@@ -8,6 +8,7 @@ method's ``finish``), ``environment.json`` and, once all is done, ``result.json`
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,22 @@ from prune_onnx.graph_ops.errors import ConfigError, ModelError, OutputError
 from prune_onnx.graph_ops.files import check_output, write_text
 from prune_onnx.graph_ops.preprocessing import Preprocessing
 from prune_onnx.graph_ops.progress import SILENT, Progress
-from prune_onnx.trainers.config import TrainConfig, is_onnx, resolve, usual_validation
+from prune_onnx.trainers.config import BEST, BOARD, TrainConfig, is_onnx, resolve, usual_validation
 from prune_onnx.trainers.data import DATASETS, Dataset
 from prune_onnx.trainers.methods import METHODS, method_class
 from prune_onnx.trainers.models import MODELS, build_model
 
 from .environment import capture
-from .onnx_training import label, open_images, open_network, open_teacher, save_network, unlabelled, with_recipe
+from .onnx_training import (
+    in_memory,
+    label,
+    open_images,
+    open_network,
+    open_teacher,
+    save_network,
+    unlabelled,
+    with_recipe,
+)
 from .results import Model, StageResult
 
 if TYPE_CHECKING:
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prune_onnx.trainers.batches import Batches
+    from prune_onnx.trainers.distributed import Ranks
 
 ARTIFACTS = {
     "model": "model.onnx",
@@ -40,7 +51,6 @@ ARTIFACTS = {
     "environment": "environment.json",
     "result": "result.json",
 }
-
 NOTABLE_DROP = 0.005
 """Loss of accuracy in ``finish`` from which the user is warned: half a point."""
 
@@ -75,7 +85,7 @@ class TrainResult(StageResult):
         dataset: the data set's name, or the user's own images.
         method: the method's name.
         teacher: the ONNX file whose answers were learnt.
-        epochs: length of the run.
+        epochs: length of the run; less than what was asked for when it was ended early.
         accuracy: of the network that was exported.
         accuracy_before_finish: before the method set the scales of dead channels to zero.
         sparsity: of the network that was exported.
@@ -108,6 +118,14 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainResult:
         TrainingError: training diverged, or the checkpoint cannot be read.
         ModelError: the network cannot be exported.
     """
+    from prune_onnx.trainers.distributed import joined
+
+    with joined(config.device) as ranks:
+        return _train(config, ranks, progress if ranks.first else SILENT)
+
+
+def _train(config: TrainConfig, ranks: Ranks, progress: Progress) -> TrainResult:
+    """Do what :func:`train` says; the first of several processes writes the files."""
     began = time.perf_counter()
     _check_names(config)
     run = _check_run(config)
@@ -122,14 +140,19 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainResult:
     from prune_onnx.trainers.distill import Distillation
     from prune_onnx.trainers.export import export_onnx
     from prune_onnx.trainers.loop import choose_device, fit, supervised
+    from prune_onnx.trainers.pretrained import load_weights
 
     device = choose_device(config)
-    config, data = with_recipe(config, open_images(config, progress))
+    with ranks.first_before_others():  # it downloads
+        images = open_images(config, progress)
+    config, data = with_recipe(config, in_memory(images, config, progress))
     teacher = open_teacher(config, data, device) if config.teacher else None
     if teacher is not None and unlabelled(data):
         data = label(data, teacher, config, device)
     torch.manual_seed(config.seed)
     network = _build(config, data)
+    if config.init is not None and not resumed:
+        load_weights(network, config.init)
     chosen, held = split(data.train_labels, usual_validation(config), config.seed)
     config = resolve(config, network, images=len(chosen), augment=data.augment, mean=data.mean, std=data.std)
     method = method_class(config.method).of(config)
@@ -141,21 +164,23 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainResult:
     recipe = Preprocessing(mean=config.mean, std=config.std, size=tuple(size))
     if ":" in config.model and not is_onnx(config.model):  # that torch cannot export it should be known in advance
         export_onnx(network, shape, None, recipe, provenance)
-    if not resumed:
+    ranks.wait()  # every process has looked at the run folder
+    if not resumed and ranks.first:
         _open_run(run, config, environment)
 
     loss = supervised
     if teacher is not None:
         loss = Distillation(teacher, network, config.temperature, next(training.in_order(2))[0])
-    fit(network, method, config, training, validation, run=run, loss=loss, progress=progress)
+    history = fit(network, method, config, training, validation, run=run, loss=loss, progress=progress)
     before = _measure(network, validation, test)
     sparsity = Sparsity(**method.finish(network))
     after = _measure(network, validation, test)
     _compare(before, after, config.method, progress)
-    if is_onnx(config.model):
-        save_network(network, run / ARTIFACTS["model"], recipe)
-    else:
-        export_onnx(network, shape, run / ARTIFACTS["model"], recipe, provenance)
+    if ranks.first:
+        if is_onnx(config.model):
+            save_network(network, run / ARTIFACTS["model"], recipe)
+        else:
+            export_onnx(network, shape, run / ARTIFACTS["model"], recipe, provenance)
     result = TrainResult(
         seconds=time.perf_counter() - began,
         environment=environment,
@@ -163,13 +188,14 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainResult:
         dataset=data.name,
         method=config.method,
         teacher=None if config.teacher is None else str(config.teacher),
-        epochs=config.epochs,
+        epochs=len(history),
         accuracy=after,
         accuracy_before_finish=before,
         sparsity=sparsity,
         artifacts={kind: str(run / name) for kind, name in ARTIFACTS.items()},
     )
-    result.write(run / ARTIFACTS["result"])
+    if ranks.first:
+        result.write(run / ARTIFACTS["result"])
     return result
 
 
@@ -195,8 +221,9 @@ def _check_run(config: TrainConfig) -> Path:
     run = config.output
     for name in ARTIFACTS.values():
         check_output(run / name, force=True)
-    for file in (config.model, config.teacher):
-        if file is not None and Path(file).resolve() == (run / ARTIFACTS["model"]).resolve():
+    own = {run.resolve(), *((run / ARTIFACTS[kind]).resolve() for kind in ("model", "checkpoint"))}
+    for file in (config.model, config.teacher, config.init):
+        if file is not None and Path(file).resolve() in own:
             raise OutputError(f"{file} is where this run would write its own model. Give another run folder.")
     taken = [name for name in ARTIFACTS.values() if (run / name).exists()]
     if taken and not (config.resume or config.force):
@@ -264,7 +291,9 @@ def _batches(
     """Return training, validation and test images on the device; validation is ``None`` when none is held out."""
     from prune_onnx.trainers.batches import Batches
 
-    options = {"mean": config.mean, "std": config.std, "seed": config.seed, "device": device}
+    options = {
+        "mean": config.mean, "std": config.std, "seed": config.seed, "device": device, "workers": config.workers,
+    }  # fmt: skip
     images, labels = data.train_images, data.train_labels
     return (
         Batches(images[chosen], labels[chosen], augment=config.augment, **options),
@@ -275,8 +304,9 @@ def _batches(
 
 def _open_run(run: Path, config: TrainConfig, environment: dict[str, Any]) -> None:
     """Take an older run away and write what describes the new one."""
-    for name in ARTIFACTS.values():
+    for name in (*ARTIFACTS.values(), BEST):
         (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / BOARD, ignore_errors=True)
     write_text(run / ARTIFACTS["config"], config.to_toml())
     write_text(run / ARTIFACTS["environment"], json.dumps(environment, indent=2) + "\n")
 

@@ -1,6 +1,7 @@
 """Images on the device as uint8, normalised and augmented there a batch at a time, in an order that a seed decides.
 
-Small data sets fit on the device whole, which spares worker processes and copies. Everything random about an epoch
+Small data sets fit on the device whole, which spares worker processes and copies. Pictures that do not are read by the
+workers of a DataLoader, and go through the same steps on the device from there. Everything random about an epoch
 (order, shifts, flips) is drawn when it begins, from a generator that depends on seed and epoch alone: a run that is
 resumed in the middle of an epoch needs its position and nothing else to see the same batches.
 """
@@ -8,15 +9,22 @@ resumed in the middle of an epoch needs its position and nothing else to see the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils import data
 
-from prune_onnx.graph_ops.errors import ConfigError
+from prune_onnx.graph_ops.errors import ConfigError, DataError
+
+from .data.pictures import PictureFiles
+from .distributed import Ranks
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+ALONE = Ranks()
+"""The only process."""
 
 
 def generator(seed: int, stream: object) -> torch.Generator:
@@ -48,7 +56,7 @@ class Batches:
     """A set of labelled images on one device.
 
     Args:
-        images: uint8, shape (N, C, H, W).
+        images: uint8, shape (N, C, H, W), or pictures of that shape in their files.
         labels: integer classes, shape (N,).
         mean: per channel, of pixel/255.
         std: likewise.
@@ -56,6 +64,7 @@ class Batches:
             ``"flip"``: horizontal flip; ``"flip-crop"``: also a crop after padding by 4 zeros. For :meth:`shuffled`.
         seed: of order and augmentation.
         device: where the images live.
+        workers: processes that read pictures from their files; 0 reads them here.
 
     Raises:
         ConfigError: the images do not fit on the device.
@@ -63,7 +72,7 @@ class Batches:
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: np.ndarray | PictureFiles,
         labels: np.ndarray,
         *,
         mean: tuple[float, ...],
@@ -71,11 +80,14 @@ class Batches:
         augment: str = "none",
         seed: int = 0,
         device: torch.device | str = "cpu",
+        workers: int = 0,
     ) -> None:
         try:
-            self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+            files = isinstance(images, PictureFiles)
+            self.images = images if files else torch.from_numpy(np.ascontiguousarray(images)).to(device)
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"{images.nbytes / 2**30:.1f} GiB of images do not fit on {device}.") from error
+        self.workers = workers
         self.labels = torch.from_numpy(labels.astype(np.int64)).to(device)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
@@ -86,19 +98,24 @@ class Batches:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Yield (inputs, labels) as they come, without augmentation."""
-        for first in range(0, len(self), batch_size):
-            chosen = slice(first, first + batch_size)
-            yield self._normalise(self.images[chosen]), self.labels[chosen]
+    def in_order(self, batch_size: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
+        """Yield (inputs, labels) as they come, without augmentation; each process has batches of its own."""
+        parts = torch.arange(len(self)).split(batch_size)[ranks.rank :: ranks.size]
+        yield from self._plain(parts)
 
     def at(self, indices: torch.Tensor, batch_size: int) -> Iterator[Batch]:
         """Yield (inputs, labels) of chosen images, in that order, without augmentation."""
-        for part in indices.to(self.labels.device).split(batch_size):
-            yield self._normalise(self.images[part]), self.labels[part]
+        yield from self._plain(indices.split(batch_size))
 
-    def shuffled(self, epoch: int, batch_size: int, steps: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches ``start`` to ``steps`` of an epoch, shuffled and augmented.
+    def _plain(self, parts: Sequence[torch.Tensor]) -> Iterator[Batch]:
+        parts = [part.to(self.labels.device) for part in parts]
+        for part, images in zip(parts, self._pixels(parts), strict=True):
+            yield self._normalise(images), self.labels[part]
+
+    def shuffled(
+        self, epoch: int, batch_size: int, steps: int, start: int = 0, ranks: Ranks = ALONE
+    ) -> Iterator[Batch]:
+        """Yield the batches ``start`` to ``steps`` of an epoch, shuffled and augmented; the shares of this process.
 
         Yields:
             float32 inputs of shape (batch_size, C, H, W) and int64 labels; the last batch may be smaller.
@@ -108,19 +125,62 @@ class Batches:
         order = torch.randperm(n, generator=draws).to(device)
         offsets = torch.randint(0, 2 * self.margin + 1, (2, n), generator=draws).to(device)
         flips = (torch.rand(n, generator=draws) < 0.5).to(device)
-        for step in range(start, steps):
-            part = slice(step * batch_size, (step + 1) * batch_size)
-            chosen = order[part]
-            images = self.images[chosen]
+        bounds = [(step * batch_size, min((step + 1) * batch_size, n)) for step in range(start, steps)]
+        parts = [ranks.share(*pair) for pair in bounds]
+        for part, images in zip(parts, self._pixels([order[part] for part in parts]), strict=True):
             if self.margin:
                 images = _crop(images, self.margin, *offsets[:, part])
             if self.flip:
                 images = torch.where(flips[part].view(-1, 1, 1, 1), images.flip(3), images)
-            yield self._normalise(images), self.labels[chosen]
+            yield self._normalise(images), self.labels[order[part]]
+
+    def _pixels(self, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield the images at each of ``parts``, uint8 on the device.
+
+        Raises:
+            DataError: a picture cannot be read.
+        """
+        if isinstance(self.images, torch.Tensor):
+            for part in parts:
+                yield self.images[part]
+            return
+        loader = data.DataLoader(
+            _Pictures(self.images),
+            batch_sampler=[part.tolist() for part in parts],
+            num_workers=self.workers,
+            collate_fn=_stacked,
+            generator=torch.Generator(),  # torch's own would be drawn from, which dropout depends on
+        )
+        for found in loader:
+            if isinstance(found, DataError):
+                raise found
+            yield found.to(self.labels.device)
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Return float32 input, by the same operations in the same order as ``Preprocessing.apply``."""
         return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+class _Pictures(data.Dataset):
+    """Pictures for a DataLoader; errors are values, since a worker's exceptions come back as their tracebacks' text."""
+
+    def __init__(self, files: PictureFiles) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> np.ndarray | DataError:
+        try:
+            return self.files.picture(index)
+        except DataError as error:
+            return error
+
+
+def _stacked(found: list[np.ndarray | DataError]) -> torch.Tensor | DataError:
+    """Return pictures as one tensor, or the first error among them."""
+    error = next((item for item in found if isinstance(item, DataError)), None)
+    return torch.from_numpy(np.stack(found)) if error is None else error
 
 
 def _crop(images: torch.Tensor, margin: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from prune_onnx.graph_ops.errors import ConfigError, TrainingError
 from prune_onnx.graph_ops.files import write_bytes
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the content or the options' names change."""
 
 KEYS = {"essence", "position", "model", "optimizer", "rng"}
@@ -41,8 +41,18 @@ class Position:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+def rng() -> dict[str, Any]:
+    """Return the state of this process's generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
 def save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, essence: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    essence: dict[str, Any],
+    states: list[dict[str, Any]] | None = None,
 ) -> None:
     """Write a checkpoint atomically.
 
@@ -53,6 +63,7 @@ def save(
         position: where the run is. Order and augmentation follow from it and the seed (see :mod:`.batches`), the
             learning rate likewise.
         essence: the options that decide the result (:meth:`~.config.TrainConfig.essence`).
+        states: of each process's generators; default: of this one's alone.
 
     Raises:
         OutputError: the file cannot be written.
@@ -63,7 +74,7 @@ def save(
         "position": asdict(position),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "rng": states or [rng()],
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -109,8 +120,12 @@ def check_essence(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> N
         )
 
 
-def restore(path: Path, content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+def restore(
+    path: Path, content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+) -> Position:
     """Load a checkpoint's state into network, optimiser and torch's generators; return where the run is.
+
+    ``rank`` is the number of this process; one that the run did not have before keeps its generators as they are.
 
     Raises:
         TrainingError: the state does not fit the network.
@@ -118,9 +133,11 @@ def restore(path: Path, content: dict[str, Any], model: nn.Module, optimizer: to
     try:
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["rng"]["cpu"])
-        if torch.cuda.is_available() and len(content["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+        if rank < len(content["rng"]):
+            state = content["rng"][rank]
+            torch.set_rng_state(state["cpu"])
+            if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(state["cuda"])
         return Position(**content["position"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise TrainingError(f"checkpoint {path} does not fit this network: {error}") from error

@@ -29,12 +29,18 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 METHOD_OPTIONS = (
     "lambda_", "penalty", "every", "init_gamma", "direction", "layers", "prox", "prune_ratio", "prune_ratio_start",
     "scope", "rounds", "retrain_epochs", "rewind", "samples", "alpha", "conv_alpha", "variant", "rho", "fw_steps",
-    "norm_share",
+    "norm_share", "coupled", "residual",
 )  # fmt: skip
 """Options that only some methods take; each method says which (its dataclass fields)."""
 
-INCIDENTAL = ("output", "data_dir", "download", "device", "checkpoint_every", "resume", "force")
+INCIDENTAL = (
+    "output", "data_dir", "download", "memory", "workers", "device", "tensorboard", "checkpoint_every", "resume",
+    "force",
+)  # fmt: skip
 """Options that leave the result as it is, up to the device's rounding: a resumed run may change them."""
+
+BEST, BOARD = "best.pt", "tensorboard"
+"""What ``early_stop`` and ``tensorboard`` leave in the run folder: a file and a folder."""
 
 TEMPERATURE = 4.0
 """Of distillation: the teacher is almost certain on images that it was trained on."""
@@ -68,16 +74,19 @@ class TrainConfig(BaseModel):
         output: the run folder.
         reinit: an ONNX file: draw its weights anew and train the net from scratch. With the ``epochs`` of the dense net
             this is Scratch-E, with that many times the quotient of their MACs, as much computation, Scratch-B.
+        init: weights to start from in the place of fresh ones: a run folder, a checkpoint.pt, or a state_dict (.pt) of
+            the network. Pruning methods then prune before the first epoch.
         teacher: an ONNX file whose answers are learnt in the place of labels (distillation).
         temperature: softens the answers of ``teacher``; 4.
         data: images of your own in the place of ``dataset``: a folder of pictures, an .npz or an .npy. They need no
             labels when there is a ``teacher``; a tenth of them is kept for the test.
         train_size: take this many of the training images, those that slim's calibration takes for the same seed.
-        epochs: passes over the training set; 160 for VGG, ResNet and DenseNet, with ``teacher`` as many as show
-            100,000 images, else 20.
+        epochs: passes over the training set; 160 for VGG, ResNet and DenseNet with fresh weights, with ``teacher`` as
+            many as show 100,000 images, else 20.
         batch_size: images a step.
-        optimizer: ``sgd``, or ``adam`` with steps relative to the size of each tensor; adam for ONNX files, else sgd.
-        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without or for ONNX files; of Adam 0.003, or
+        optimizer: ``sgd``, or ``adam`` with steps relative to the size of each tensor; adam for trained weights
+            (``init``, ONNX files), else sgd.
+        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without or for trained weights; of Adam 0.003, or
             0.006 with ``teacher``.
         momentum: of SGD.
         nesterov: Nesterov's form of the momentum.
@@ -107,20 +116,30 @@ class TrainConfig(BaseModel):
         alpha: nnrelief: share of a neuron's signal that is kept, in linear layers.
         conv_alpha: nnrelief: likewise, in convolutions.
         variant: form of the method, where it has several; its documentation lists them.
-        rho: frank-wolfe-momentum: weight of the past in the average of gradients.
+        rho: frank-wolfe-momentum, sfw: weight of the past in the average of gradients.
         fw_steps: frank-wolfe methods: Frank-Wolfe steps in each pruning.
         norm_share: fpgm-mix: part of ``prune_ratio`` that goes by the norm instead of the distance.
+        coupled: l1-filters, taylor, hrank: filters that meet others in a sum, as in a ResNet, go too, together.
+        residual: nnrelief: channels of residual blocks that add next to nothing to the shortcut go; on for ResNets.
         augment: ``none``, ``shift`` (1 or 2 pixels), ``flip``, ``flip-crop``; ``None`` is the data set's own.
         validation: fraction of the training set that is held out, for every choice; 0 holds out none. 0.1, but 0 with
             ``teacher``.
         width: width multiplier of the network.
         data_dir: folder of the data files.
         download: fetch missing files.
+        memory: GiB of pictures that are read into memory; larger folders are read by ``workers`` as they are needed.
+        workers: processes that read pictures which do not fit into ``memory``.
         mean: per channel, of pixel/255; ``None`` is the data set's own.
         std: per channel, of pixel/255.
         seed: of initialisation, split, order, augmentation and the method's draws.
         device: ``auto`` is CUDA when there is one.
         precision: ``bf16`` runs the network in mixed precision.
+        compile: let torch.compile make faster code of the network; the first step then takes a minute or so.
+        channels_last: hold images with their channels last, which tensor cores and many CPUs are faster with.
+        sync_bn: under torchrun: BatchNorm normalises by the whole batch, not by each process's share of it.
+        early_stop: end the run after this many epochs without a higher validation accuracy; the network is then the
+            best epoch's. Epochs before the last pruning do not count.
+        tensorboard: write what each epoch says for TensorBoard, too.
         checkpoint_every: steps between checkpoints inside an epoch; ``None`` saves after each epoch only.
         resume: go on from the run folder's checkpoint.
         force: replace an existing run.
@@ -133,6 +152,7 @@ class TrainConfig(BaseModel):
     method: str = "plain"
     output: Path
     reinit: bool = False
+    init: Path | None = None
     teacher: Path | None = None
     temperature: Positive | None = None
     data: Path | None = None
@@ -170,16 +190,25 @@ class TrainConfig(BaseModel):
     rho: Annotated[float, Field(ge=0, lt=1)] | None = None
     fw_steps: Annotated[int, Field(ge=1)] | None = None
     norm_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    coupled: bool | None = None
+    residual: bool | None = None
     augment: Literal["none", "shift", "flip", "flip-crop"] | None = None
     validation: Annotated[float, Field(ge=0, le=0.5)] | None = None
     width: Positive = 1.0
     data_dir: Path | None = None
     download: bool = False
+    memory: NotNegative = 4.0
+    workers: Annotated[int, Field(ge=0)] = 4
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    sync_bn: bool = False
+    early_stop: Annotated[int, Field(ge=1)] | None = None
+    tensorboard: bool = False
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
     resume: bool = False
     force: bool = False
@@ -192,6 +221,8 @@ class TrainConfig(BaseModel):
             raise ValueError("give either dataset, a listed one, or data, images of your own")
         if self.reinit and not is_onnx(self.model):
             raise ValueError("reinit is for ONNX files: listed networks begin with fresh weights anyway")
+        if self.init is not None and is_onnx(self.model):
+            raise ValueError("init is for listed networks and factories: an ONNX file has its weights")
         if self.temperature is not None and self.teacher is None:
             raise ValueError("temperature softens the answers of a teacher: it goes with --teacher")
         if list(self.milestones) != sorted(set(self.milestones)):
@@ -201,6 +232,11 @@ class TrainConfig(BaseModel):
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ValueError("mean and std must have one value per channel each")
         return self
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether training goes on where another one ended."""
+        return self.init is not None or (is_onnx(self.model) and not self.reinit)
 
     def essence(self) -> dict[str, Any]:
         """Return what decides the result, as JSON values under the flags' names: what a resumed run may not change."""
@@ -324,7 +360,7 @@ def resolve(
         raise ConfigError(f"mean has {len(config.mean)} values, but the images have {len(mean)} channels.")
     if steps_per_epoch(images, config.batch_size) < 1:
         raise ConfigError(f"{images} training images are too few; take less for validation, or another data set.")
-    tuned = is_onnx(config.model) and not config.reinit  # training goes on where another one ended
+    tuned = config.starts_trained
     optimizer = config.optimizer or ("adam" if tuned else "sgd")
     epochs = config.epochs or _usual_epochs(config, images)
     adam = DISTILLING_RATE if config.teacher else ADAM_RATE
@@ -356,7 +392,7 @@ def _usual_epochs(config: TrainConfig, images: int) -> int:
     if config.teacher:
         return max(20, math.ceil(SHOWN / images))
     family = config.model.rpartition(":")[2].lower()
-    return 160 if family.startswith(LONG_TRAINED) and not is_onnx(config.model) else 20
+    return 160 if family.startswith(LONG_TRAINED) and not config.starts_trained and not is_onnx(config.model) else 20
 
 
 def _fill(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:

@@ -1,9 +1,9 @@
 """The training loop.
 
 ``fit`` takes a network, a method and batches, and leaves the network trained. What it writes lies in the run folder:
-``checkpoint.pt`` from before the first step on, and ``metrics.jsonl``, one line an epoch. On a CPU the result depends
-on the configuration alone, and a run that was stopped at any step and resumed ends bit for bit like one that was not
-(for the same number of threads: they decide the order of additions).
+``checkpoint.pt`` from before the first step on, ``metrics.jsonl``, one line an epoch, and with ``early_stop`` the best
+epoch's ``best.pt``. On a CPU the result depends on the configuration alone, and a run that was stopped at any step and
+resumed ends bit for bit like one that was not (for the same number of threads: they decide the order of additions).
 """
 
 from __future__ import annotations
@@ -29,12 +29,18 @@ from prune_onnx.graph_ops.progress import SILENT, Progress
 
 from . import checkpoint
 from .batches import Batches
+from .board import Board
 from .checkpoint import Position
-from .config import Schedule, TrainConfig
+from .config import BEST, Schedule, TrainConfig
+from .distributed import Ranks, current
 from .methods.base import Method
+from .placement import Placed, placed
 
 CHECK_EVERY = 50
 """Steps between looks at the loss: each look waits for the device."""
+
+AGREE_EVERY = 10
+"""Steps between which several processes ask one another whether to stop: each time waits for the device."""
 
 EVALUATION_BATCH = 500
 
@@ -70,7 +76,7 @@ def fit(
     loss: Loss = supervised,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
-    """Train ``model`` in place, on the device where the batches are.
+    """Train ``model`` in place, on the device where the batches are, together with other processes if there are any.
 
     Args:
         model: takes (N, C, H, W) and returns logits (N, classes).
@@ -91,38 +97,47 @@ def fit(
     Raises:
         TrainingError: loss or weights are no longer finite (the checkpoint is then the last good one), or the
             checkpoint cannot be used.
-        ConfigError: the checkpoint belongs to other options.
+        ConfigError: the checkpoint belongs to other options; or ``early_stop`` without validation images.
         OutputError: the run folder cannot be written.
         KeyboardInterrupt: SIGINT or (:class:`Terminated`) SIGTERM came; a checkpoint was saved first.
     """
-    device = train.labels.device
+    if config.early_stop and not validation:
+        raise ConfigError("early_stop goes by validation images, and none are held out. Give --validation 0.1.")
+    device, ranks = train.labels.device, current()
     schedule = Schedule.of(config, len(train))
     model.to(device)
     method.prepare(model, schedule, seed=config.seed, progress=progress)
     optimizer = _optimizer(model, config)
     method.attach(optimizer, train)
-    loop = _Loop(model, method, config, schedule, train, validation, run, progress, optimizer, loss)
-    loop.start()
-    with _placed(loop, device), _stop_requests() as stop, progress.task("training", schedule.steps) as advance:
-        advance(loop.position.epoch * schedule.steps_per_epoch + loop.position.step)
-        while loop.position.epoch < config.epochs:
-            loop.epoch(stop, advance)
-        if stop:  # it came while the last epoch was measured, after which there is no further step
-            raise _stopped(stop)
+    with placed(model, optimizer, config, device, ranks) as at, Board(run, config.tensorboard and ranks.first) as board:
+        loop = _Loop(model, method, config, schedule, train, validation, run, progress, at, loss, ranks, board)
+        loop.start()
+        with _stop_requests() as stop, progress.task("training", schedule.steps) as advance:
+            advance(loop.position.epoch * schedule.steps_per_epoch + loop.position.step)
+            while loop.position.epoch < config.epochs and not loop.has_stalled():
+                loop.epoch(stop, advance)
+            if asked := loop.asked(stop):  # it came while the last epoch was measured, after which there is no step
+                raise _stopped(asked)
+    if config.early_stop:
+        loop.take_best()
     return loop.position.history
 
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Return mean cross-entropy and accuracy (a fraction) of ``model``, in evaluation mode."""
+    """Return mean cross-entropy and accuracy (a fraction) of ``model``, in evaluation mode.
+
+    Several processes measure a part each; the network must be the same in all of them.
+    """
     model.eval()
+    ranks = current()
     loss = torch.zeros((), dtype=torch.float64, device=batches.labels.device)
     correct = torch.zeros((), dtype=torch.int64, device=batches.labels.device)
     with torch.no_grad():
-        for inputs, labels in batches.in_order(EVALUATION_BATCH):
+        for inputs, labels in batches.in_order(EVALUATION_BATCH, ranks):
             logits = model(inputs)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
-    return loss.item() / len(batches), correct.item() / len(batches)
+    return ranks.total(loss).item() / len(batches), ranks.total(correct).item() / len(batches)
 
 
 @dataclass
@@ -137,9 +152,10 @@ class _Loop:
     validation: Batches | None
     run: Path
     progress: Progress
-    optimizer: torch.optim.Optimizer
+    placed: Placed
     loss: Loss
-    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+    ranks: Ranks
+    board: Board
     position: Position = field(default_factory=Position)
 
     @property
@@ -151,22 +167,34 @@ class _Loop:
         if self.config.resume and self.checkpoint.exists():
             content = checkpoint.read(self.checkpoint)
             checkpoint.check_essence(self.run, content["essence"], self.config.essence())
-            self.position = checkpoint.restore(self.checkpoint, content, self.model, self.optimizer)
+            rank = self.ranks.rank
+            self.position = checkpoint.restore(self.checkpoint, content, self.model, self.placed.optimizer, rank)
         else:
+            if self.ranks.rank:  # dropout differs from process to process
+                torch.manual_seed(self.config.seed + self.ranks.rank)
+            self.method.begin()
+            self.ranks.align(self.model)
             self.save()
         self.write_metrics()
 
+    @property
+    def batch(self) -> int:
+        """Images of the step's batch, of all processes."""
+        return min(self.config.batch_size, len(self.train) - self.position.step * self.config.batch_size)
+
     def step(self, inputs: torch.Tensor, labels: torch.Tensor, lr: float) -> torch.Tensor:
-        """Take one optimiser step; return the batch's mean loss, detached."""
-        for group in self.optimizer.param_groups:
+        """Take one optimiser step; return the mean loss of this process's share of the batch, detached."""
+        for group in self.placed.optimizer.param_groups:
             group["lr"] = lr * group.get("size", 1.0)
-        loss = self.loss(inputs, self.model(inputs), labels)
-        self.optimizer.zero_grad()
-        self.backward(loss)
+        loss = self.loss(inputs, self.placed.forward(inputs), labels)
+        self.placed.optimizer.zero_grad()
+        # Gradients are averaged over the processes, whose shares differ in size.
+        factor = self.ranks.weight(len(labels), self.batch) * self.ranks.size / self.batch
+        self.placed.backward(loss if factor == 1 else loss * factor)
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.method.before_step()
-        self.optimizer.step()
+        self.placed.optimizer.step()
         self.method.after_step(lr)
         return loss.detach()
 
@@ -175,27 +203,32 @@ class _Loop:
         at, steps = self.position, self.schedule.steps_per_epoch
         began = time.perf_counter() - at.seconds
         first = at.epoch * steps
-        loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=self.train.labels.device)
+        so_far = at.loss_sum if self.ranks.first else 0.0
+        loss_sum = torch.tensor(so_far, dtype=torch.float64, device=self.train.labels.device)
         self.model.train()
-        for inputs, labels in self.train.shuffled(at.epoch, self.config.batch_size, steps, start=at.step):
-            loss_sum += self.step(inputs, labels, self.schedule.at(first + at.step)) * len(labels)
+        shown = self.train.shuffled(at.epoch, self.config.batch_size, steps, start=at.step, ranks=self.ranks)
+        for inputs, labels in shown:
+            loss = self.step(inputs, labels, self.schedule.at(first + at.step))
+            loss_sum += loss * self.ranks.weight(len(labels), self.batch)
+            at.images += self.batch
             at.step += 1
-            at.images += len(labels)
             advance(1)
+            asked = self.asked(stop) if self.ranks.size == 1 or at.step % AGREE_EVERY == 0 else 0
             due = self.config.checkpoint_every and (first + at.step) % self.config.checkpoint_every == 0
-            if due or stop or at.step % CHECK_EVERY == 0:
-                at.loss_sum, at.seconds = loss_sum.item(), time.perf_counter() - began
+            if due or asked or at.step % CHECK_EVERY == 0:
+                at.loss_sum, at.seconds = self.ranks.total(loss_sum).item(), time.perf_counter() - began
                 self.check_loss()
-            if due or stop:
+            if due or asked:
                 self.check_state()
                 self.save()
-            if stop:
-                raise _stopped(stop)
-        at.loss_sum = loss_sum.item()
+            if asked:
+                raise _stopped(asked)
+        at.loss_sum = self.ranks.total(loss_sum).item()
         self.check_loss()
         self.check_state()
         lr = self.schedule.at(first + steps - 1)
         self.method.after_epoch(lr, at.epoch + 1)
+        self.ranks.align(self.model)
         self.record(lr, began)
 
     def record(self, lr: float, began: float) -> None:
@@ -213,8 +246,11 @@ class _Loop:
             "seconds": time.perf_counter() - began,
         }
         self.position = Position(epoch=at.epoch + 1, history=[*at.history, entry])
+        if self.config.early_stop and self.best_epoch() == entry["epoch"]:
+            self.save(self.run / BEST)
         self.save()
         self.write_metrics()
+        self.board.add(entry)
         accuracy = "" if held[1] is None else f", validation accuracy {held[1]:.2%}"
         dead = f", {facts['dead_channels']} of {facts['channels']} channels dead" if facts["dead_channels"] else ""
         if facts.get("zero_weights"):
@@ -224,13 +260,39 @@ class _Loop:
             f"lr {lr:.3g}, {entry['seconds']:.1f} s"
         )
 
-    def save(self) -> None:
-        """Write the checkpoint."""
-        checkpoint.save(self.checkpoint, self.model, self.optimizer, self.position, self.config.essence())
+    def best_epoch(self) -> int:
+        """Return the first epoch of the highest validation accuracy; epochs before the last pruning do not count."""
+        pruned = (0, *self.schedule.restarts)[-1]
+        counted = [entry for entry in self.position.history if entry["epoch"] > pruned]
+        return max(counted, key=lambda entry: entry["validation_accuracy"])["epoch"] if counted else pruned
+
+    def has_stalled(self) -> bool:
+        """Return whether the validation accuracy has not risen for as many epochs as ``early_stop`` says."""
+        patience = self.config.early_stop
+        return patience is not None and self.position.epoch - self.best_epoch() >= patience
+
+    def take_best(self) -> None:
+        """Give the network the state of the best epoch."""
+        content = checkpoint.read(self.run / BEST)
+        self.model.load_state_dict(content["model"])
+        self.progress.note(f"the best validation accuracy is that of epoch {self.best_epoch()}")
+
+    def asked(self, stop: list[int]) -> int:
+        """Return the signal that asks for a stop, whichever process it reached, or 0."""
+        return self.ranks.highest(stop[0] if stop else 0, self.train.labels.device)
+
+    def save(self, path: Path | None = None) -> None:
+        """Write the checkpoint, or one of the same form elsewhere."""
+        rng = self.ranks.gather(checkpoint.rng())
+        if self.ranks.first:
+            optimizer = self.placed.optimizer
+            checkpoint.save(path or self.checkpoint, self.model, optimizer, self.position, self.config.essence(), rng)
 
     def write_metrics(self) -> None:
         """Write ``metrics.jsonl`` from the history, so that it never disagrees with the checkpoint."""
-        write_text(self.run / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.position.history))
+        if self.ranks.first:
+            lines = (json.dumps(entry) + "\n" for entry in self.position.history)
+            write_text(self.run / "metrics.jsonl", "".join(lines))
 
     def check_loss(self) -> None:
         """Stop when the epoch's loss is not a number any more."""
@@ -282,32 +344,8 @@ def _size(parameter: torch.Tensor) -> float:
     return max(parameter.detach().square().mean().sqrt().item(), SMALLEST)
 
 
-@contextmanager
-def _placed(loop: _Loop, device: torch.device) -> Iterator[None]:
-    """Let accelerate run the steps where it has something to do: on a GPU, or in mixed precision.
-
-    In float32 on the CPU it would add 0.15 ms to each step and settings that hold for the whole process, for nothing.
-    """
-    if device.type == "cpu" and loop.config.precision == "fp32":
-        yield
-        return
-    from accelerate import Accelerator
-
-    precision = "no" if loop.config.precision == "fp32" else loop.config.precision
-    try:
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    except ValueError as error:
-        raise ConfigError("this process has trained on another device or precision; start a new one.") from error
-    loop.model, loop.optimizer = accelerator.prepare(loop.model, loop.optimizer)
-    loop.backward = accelerator.backward
-    try:
-        yield
-    finally:
-        loop.model = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
-
-
-def _stopped(asked: list[int]) -> KeyboardInterrupt:
-    return Terminated() if asked[0] == signal.SIGTERM else KeyboardInterrupt()
+def _stopped(asked: int) -> KeyboardInterrupt:
+    return Terminated() if asked == signal.SIGTERM else KeyboardInterrupt()
 
 
 @contextmanager

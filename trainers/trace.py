@@ -51,7 +51,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         seen: by ``id``: the tensor (kept, so that its id stays its own), its origins, and the size of its blocks.
-        maps: of each layer, by name: what its ReLU gave, or the layer itself where none follows.
+        maps: of each layer, by name: what its ReLU gave, or its BatchNorm, or the layer itself where neither follows.
         rectified: names of the layers that a ReLU follows.
     """
 
@@ -109,7 +109,9 @@ def watched(model: nn.Module, layers: dict[nn.Module, Layer]) -> Iterator[Watch]
             watch.maps[layer.name] = output
             outputs[id(output)] = layer
         elif id(args[0]) in outputs:
-            outputs[id(args[0])].norm = module
+            layer = outputs[id(args[0])]
+            layer.norm = module
+            watch.maps[layer.name] = output
 
     norms = nn.modules.batchnorm._BatchNorm
     hooks = [m.register_forward_hook(ran) for m in model.modules() if is_layer(m) or isinstance(m, norms)]

@@ -16,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
 from prune_onnx.graph_ops import preprocessing
 from prune_onnx.graph_ops.errors import ConfigError, DataError, ModelError, OutputError, ProviderError, TrainingError
@@ -228,6 +229,7 @@ def test_damaged_checkpoint_is_an_error_and_stays(finished: tuple[Path, TrainRes
 
 FACTORIES = """
 import torch
+from PIL import Image
 from torch import nn
 
 def flat(num_classes, in_shape, width=1.0):
@@ -307,3 +309,23 @@ def test_loss_of_accuracy_in_finishing_is_warned_about() -> None:
     assert "from 99.00% to 92.00%" in compare(good, bad)[0]
     assert compare(Accuracy(validation=None, test=0.9), Accuracy(validation=None, test=0.8)) != []
     assert np.isclose(good.test, bad.test)
+
+
+# Pictures in folders
+
+
+def test_pictures_that_do_not_fit_into_memory_train_the_same_network(tmp_path: Path) -> None:
+    images = load_dataset("digits").train_images[:60, 0]
+    for index, image in enumerate(images):
+        path = tmp_path / "pictures" / f"class{index % 2}" / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    files, heard = [], Listener()
+    for name, options in (("held", {}), ("read", {"memory": 0, "workers": 0})):
+        own = {"dataset": None, "data": tmp_path / "pictures", "mean": (0.3,), "std": (0.4,), "augment": "shift"}
+        made = config(tmp_path / name, method="plain", epochs=2, **{"lambda": None}, **own, **options)
+        result = train(made, heard)
+        assert result.sparsity.channels == 112
+        files.append((tmp_path / name / "model.onnx").read_bytes())
+    assert files[0] == files[1]
+    assert [note for note in heard.notes if "stay in their files" in note]

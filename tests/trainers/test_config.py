@@ -105,7 +105,7 @@ def test_what_only_says_where_and_how_is_not_essence() -> None:
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_resolving_leaves_nothing_open_and_twice_is_once(name: str) -> None:
-    once = resolved(method=name)
+    once = resolved(method=name, init="run" if name == "fine-tune" else None)
     for option in ("epochs", "lr", "augment", "mean", "std", *method_class(name).options()):
         assert getattr(once, option) is not None or (name, option) == ("plain", "init_gamma")
     again = resolve(once, NORMED, images=1000, augment="none", mean=(0.9,), std=(0.9,))
@@ -156,6 +156,7 @@ def test_an_option_of_another_method_is_refused(name: str) -> None:
         "lambda_": 0.1, "penalty": 1.0, "every": "step", "init_gamma": 0.5, "direction": "neuron", "layers": "all",
         "prox": True, "prune_ratio": 0.6, "prune_ratio_start": 0.1, "scope": "layer", "rounds": 2, "retrain_epochs": 3,
         "rewind": False, "samples": 77, "alpha": 0.7, "conv_alpha": 0.8, "rho": 0.3, "fw_steps": 4, "norm_share": 0.3,
+        "coupled": True, "residual": True,
         "variant": getattr(method_class(name), "VARIANTS", ("x",))[-1],
     }  # fmt: skip
     assert values.keys() == set(METHOD_OPTIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ FILES = os.environ.get("PRUNE_ONNX_DATA", "")
 
 def load_or_skip(name: str) -> Dataset:
     """Read a data set from where the environment says; skip where its files are not there at all."""
-    markers = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "cifar-10-batches-bin"}
+    markers = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "cifar-10-batches-bin",
+               "cifar100": "cifar-100-binary", "tiny-imagenet": "tiny-imagenet-200"}
     if name in markers and not (FILES and (Path(FILES) / markers[name]).is_dir()):
         pytest.skip(f"no {markers[name]} in the folder that PRUNE_ONNX_DATA names")
     return load_dataset(name)
@@ -27,6 +29,8 @@ def load_or_skip(name: str) -> Dataset:
 @pytest.mark.parametrize("name", DATASETS.names())
 def test_data_set_is_what_it_says(name):
     found = load_or_skip(name)
+    if name == "tiny-imagenet":
+        found = replace(found, train_images=found.train_images.read(), test_images=found.test_images.read())
     assert found.name == name
     assert len(found.class_names) == found.num_classes
     sides = []
@@ -53,6 +57,8 @@ def test_data_set_is_what_it_says(name):
     ("mnist", 60000, 10000, (1, 28, 28)),
     ("fashion-mnist", 60000, 10000, (1, 28, 28)),
     ("cifar10", 50000, 10000, (3, 32, 32)),
+    ("cifar100", 50000, 10000, (3, 32, 32)),
+    ("tiny-imagenet", 100_000, 10000, (3, 64, 64)),
 ])  # fmt: skip
 def test_real_sizes(name, train, test, shape):
     found = load_or_skip(name)
@@ -85,7 +91,7 @@ def test_unknown_name_gives_close_matches():
         load_dataset("fashion_mnist")
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"])
 def test_missing_files_say_where_they_were_sought_and_what_helps(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNE_ONNX_DATA", str(tmp_path / "there"))
     for folder, where in ((None, tmp_path / "there"), (tmp_path / "here", tmp_path / "here")):

@@ -1,4 +1,4 @@
-"""CIFAR-10: both versions give the same images, and pickles cannot run code."""
+"""CIFAR-10 and CIFAR-100: both versions give the same images, and pickles cannot run code."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import pytest
 
 from prune_onnx.graph_ops.errors import DataError
 from prune_onnx.trainers.data import load_dataset
-from prune_onnx.trainers.data.cifar import BINARY, PYTHON, STEMS
+from prune_onnx.trainers.data.cifar import CIFAR10, CIFAR100, CifarSet
 from prune_onnx.trainers.data.pickles import read_batch
 
 IMAGES = 4
+BINARY, PYTHON = CIFAR10.binary, CIFAR10.python
+both = pytest.mark.parametrize("kind", [CIFAR10, CIFAR100], ids=lambda kind: kind.name)
 
 
-def batches() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    draws = np.random.default_rng(0)
+def batches(kind: CifarSet = CIFAR10) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images and labels of every file."""
+    draws, classes = np.random.default_rng(0), len(kind.class_names)
     return {
-        stem: (draws.integers(0, 256, (IMAGES, 3072), np.uint8), draws.integers(0, 10, IMAGES, np.uint8))
-        for stem in STEMS
+        stem: (draws.integers(0, 256, (n, 3072), np.uint8), draws.integers(classes - 10, classes, n, np.uint8))
+        for stem, n in zip(kind.stems, [IMAGES * share for share in kind.shares], strict=True)
     }
 
 
@@ -62,42 +65,61 @@ def python3(value: object) -> bytes:
     return pickle.dumps(value, 2)
 
 
-def write_binary(folder: Path) -> None:
+def write_binary(folder: Path, kind: CifarSet = CIFAR10) -> None:
     folder.mkdir(parents=True)
-    for stem, (images, labels) in batches().items():
-        (folder / f"{stem}.bin").write_bytes(np.concatenate([labels[:, None], images], 1).tobytes())
+    for stem, (images, labels) in batches(kind).items():
+        coarse = [labels[:, None] // 5] * (kind.label_bytes - 1)
+        (folder / f"{stem}.bin").write_bytes(np.concatenate([*coarse, labels[:, None], images], 1).tobytes())
 
 
-def write_python(folder: Path, dump=python2, keys=(b"data", b"labels", b"batch_label")) -> None:
+def write_python(folder: Path, dump=python2, keys=None, kind: CifarSet = CIFAR10) -> None:
     folder.mkdir(parents=True)
-    for stem, (images, labels) in batches().items():
+    keys = keys or (b"data", kind.label_key.encode(), b"batch_label")
+    for stem, (images, labels) in batches(kind).items():
         content = dict(zip(keys, (images, labels.tolist(), b"a batch"), strict=True))
         (folder / stem).write_bytes(dump(content))
 
 
-def check(found) -> None:
-    made = batches()
-    assert np.array_equal(found.train_images.reshape(-1, 3072), np.concatenate([made[s][0] for s in STEMS[:-1]]))
-    assert found.train_labels.tolist() == np.concatenate([made[s][1] for s in STEMS[:-1]]).tolist()
-    assert np.array_equal(found.test_images.reshape(-1, 3072), made["test_batch"][0])
-    assert found.test_labels.tolist() == made["test_batch"][1].tolist()
+def check(found, kind: CifarSet = CIFAR10) -> None:
+    *train, test = batches(kind).values()
+    assert np.array_equal(found.train_images.reshape(-1, 3072), np.concatenate([images for images, _ in train]))
+    assert found.train_labels.tolist() == np.concatenate([labels for _, labels in train]).tolist()
+    assert np.array_equal(found.test_images.reshape(-1, 3072), test[0])
+    assert found.test_labels.tolist() == test[1].tolist()
     assert found.test_images.shape == (IMAGES, 3, 32, 32)
     assert found.test_images.flags.writeable
     assert found.train_images.flags.writeable
+    assert found.num_classes == len(set(found.class_names)) == len(kind.class_names)
 
 
-@pytest.mark.parametrize("parent", ["", "cifar10"])
-def test_binary_version(tmp_path, parent):
-    write_binary(tmp_path / parent / BINARY)
-    check(load_dataset("cifar10", tmp_path))
-    check(load_dataset("cifar10", tmp_path / parent / BINARY))
+@both
+@pytest.mark.parametrize("nested", [False, True])
+def test_binary_version(tmp_path, nested, kind):
+    folder = tmp_path / (kind.name if nested else "") / kind.binary
+    write_binary(folder, kind)
+    check(load_dataset(kind.name, tmp_path), kind)
+    check(load_dataset(kind.name, folder), kind)
 
 
+@both
 @pytest.mark.parametrize("dump", [python2, python3])
-def test_python_version(tmp_path, dump):
-    write_python(tmp_path / PYTHON, dump)
-    check(load_dataset("cifar10", tmp_path))
-    check(load_dataset("cifar10", tmp_path / PYTHON))
+def test_python_version(tmp_path, dump, kind):
+    write_python(tmp_path / kind.python, dump, kind=kind)
+    check(load_dataset(kind.name, tmp_path), kind)
+    check(load_dataset(kind.name, tmp_path / kind.python), kind)
+
+
+def test_cifar100_has_a_hundred_classes_in_alphabetical_order():
+    assert len(CIFAR100.class_names) == 100
+    assert list(CIFAR100.class_names) == sorted(CIFAR100.class_names)
+
+
+def test_cifar100_cut_off_between_two_records_is_refused(tmp_path):
+    write_binary(tmp_path / CIFAR100.binary, CIFAR100)
+    path = tmp_path / CIFAR100.binary / "test.bin"
+    path.write_bytes(path.read_bytes()[:-3074])
+    with pytest.raises(DataError, match=f"{path} holds 3 images, but train.bin holds 20"):
+        load_dataset("cifar100", tmp_path)
 
 
 def test_python_version_with_text_keys(tmp_path):

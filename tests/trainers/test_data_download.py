@@ -7,6 +7,7 @@ import hashlib
 import io
 import tarfile
 import threading
+import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prune_onnx.graph_ops.errors import DataError
 from prune_onnx.graph_ops.progress import SILENT, Progress
-from prune_onnx.trainers.data import cifar, load_dataset, mnist
+from prune_onnx.trainers.data import cifar, load_dataset, mnist, tiny_imagenet
 from prune_onnx.trainers.data.download import download
 
 
@@ -151,33 +153,53 @@ def test_folder_that_cannot_be_made_is_a_clear_error(server, tmp_path):
 
 @pytest.fixture
 def served_cifar(server, monkeypatch):
-    """CIFAR-10 in small on the server, beside a member that nobody asked for."""
-    file = io.BytesIO()
+    """CIFAR-10 in small on the server, beside a member that nobody asked for: the loader that fetches it."""
+    file, kind = io.BytesIO(), cifar.CIFAR10
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        for name in (*(f"{cifar.BINARY}/{stem}.bin" for stem in cifar.STEMS), f"{cifar.BINARY}/readme.html", "../evil"):
+        for name in (*(f"{kind.binary}/{stem}.bin" for stem in kind.stems), f"{kind.binary}/readme.html", "../evil"):
             content = b"".join(bytes([label]) + bytes([label * 20]) * 3072 for label in range(10))
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    (server.folder / cifar.ARCHIVE).write_bytes(file.getvalue())
-    monkeypatch.setattr(cifar, "MIRRORS", (f"{server.url}{cifar.ARCHIVE}",))
-    monkeypatch.setattr(cifar, "SHA256", sha256(file.getvalue()))
-    monkeypatch.setattr(cifar, "SIZE", len(file.getvalue()))
+    name = kind.archive[0]
+    (server.folder / name).write_bytes(file.getvalue())
+    monkeypatch.setattr(cifar, "HOME", server.url)
+    return replace(kind, archive=(name, sha256(file.getvalue()), len(file.getvalue())))
 
 
-@pytest.mark.usefixtures("served_cifar")
-def test_cifar_is_fetched_and_its_six_files_unpacked(server, tmp_path):
+def test_cifar_is_fetched_and_its_six_files_unpacked(served_cifar, server, tmp_path):
     data_dir = tmp_path / "in" / "data"
-    found = load_dataset("cifar10", data_dir, download=True)
+    found = served_cifar(data_dir, True, SILENT)
     assert found.train_labels.tolist() == list(range(10)) * 5
     assert found.test_images[:, 2, 31, 31].tolist() == [20 * label for label in range(10)]
     files = {path.relative_to(tmp_path / "in").as_posix() for path in (tmp_path / "in").rglob("*") if path.is_file()}
-    assert files == {f"data/{cifar.BINARY}/{stem}.bin" for stem in cifar.STEMS}
-    load_dataset("cifar10", data_dir, download=True)
+    assert files == {f"data/{served_cifar.binary}/{stem}.bin" for stem in served_cifar.stems}
+    served_cifar(data_dir, True, SILENT)
     assert len(server.seen) == 1
 
 
+def test_tiny_imagenet_is_fetched_and_what_is_needed_unpacked(server, tmp_path, monkeypatch):
+    file, picture = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 99, 200)).save(picture, "JPEG")
+    contents = {"train/n1/images/n1_0.JPEG": picture.getvalue(), "train/n1/n1_boxes.txt": b"", "words.txt": b"n1\tant",
+                "val/images/val_0.JPEG": picture.getvalue(), "val/val_annotations.txt": b"val_0.JPEG\tn1\t0\t0\t9\t9\n",
+                "test/images/test_0.JPEG": b"not wanted"}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(f"{tiny_imagenet.FOLDER}/{name}", content)
+    (server.folder / tiny_imagenet.ARCHIVE).write_bytes(file.getvalue())
+    monkeypatch.setattr(tiny_imagenet, "URL", f"{server.url}{tiny_imagenet.ARCHIVE}")
+    monkeypatch.setattr(tiny_imagenet, "SHA256", sha256(file.getvalue()))
+    monkeypatch.setattr(tiny_imagenet, "SIZE", len(file.getvalue()))
+    found = load_dataset("tiny-imagenet", tmp_path / "data", download=True)
+    assert found.class_names == ("ant",)
+    assert found.test_images.read().shape == (1, 3, 64, 64)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [tiny_imagenet.FOLDER]
+    assert not (tmp_path / "data" / tiny_imagenet.FOLDER / "test").exists()
+
+
 def test_published_checksums_are_whole():
-    sums = [digest for each in mnist.SETS for digest, _ in each.archives] + [cifar.SHA256]
-    assert len(set(sums)) == 9
+    sums = [digest for each in mnist.SETS for digest, _ in each.archives]
+    sums += [cifar.CIFAR10.archive[1], cifar.CIFAR100.archive[1], tiny_imagenet.SHA256]
+    assert len(set(sums)) == 11
     assert all(len(bytes.fromhex(digest)) == 32 for digest in sums)

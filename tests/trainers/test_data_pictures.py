@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from prune_onnx.graph_ops.errors import DataError
-from prune_onnx.trainers.data.pictures import read_folder, scaled
+from prune_onnx.trainers.data.pictures import open_folder, read_folder, scaled
 
 
 def save(path, height=6, width=6, mode="RGB", value=None):
@@ -166,3 +166,26 @@ def test_more_than_eight_bits_are_refused(tmp_path):
     Image.fromarray(np.full((6, 6), 40000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png has more than 8 bits"):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"size": (4, 5)}, {"channels": 1}, {"size": (4, 5), "channels": 3}], ids=str)
+def test_pictures_left_in_their_files_are_the_same(tmp_path, options):
+    for name in ("b/1.png", "a/2.png", "a/1.png"):
+        save(tmp_path / name, mode="L" if name == "a/2.png" else "RGB")
+    images, labels = read_folder(tmp_path, **options)
+    files, found = open_folder(tmp_path, **options)
+    assert found.tolist() == labels.tolist()
+    assert (files.shape, files.nbytes, len(files)) == (images.shape, images.nbytes, 3)
+    assert np.array_equal(files.read(), images)
+    assert np.array_equal(files[np.array([2, 0])].read(), images[[2, 0]])
+    assert np.array_equal(files[1:].read(), images[1:])
+
+
+def test_headers_of_unread_pictures_are_looked_at(tmp_path):
+    save(tmp_path / "a.png", 6, 6)
+    save(tmp_path / "b.png", 6, 7)
+    with pytest.raises(DataError, match=r"b\.png is 6x7 pixels, but a\.png is 6x6"):
+        open_folder(tmp_path)
+    (tmp_path / "b.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"cannot read picture .*b\.png"):
+        open_folder(tmp_path)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from prune_onnx.graph_ops.errors import DataError
 from prune_onnx.graph_ops.preprocessing import Preprocessing
 from prune_onnx.trainers.batches import Batches, generator, split
 from prune_onnx.trainers.config import steps_per_epoch
+from prune_onnx.trainers.data.pictures import PictureFiles, open_folder
 
 MEAN, STD = (0.3, 0.5), (0.2, 0.4)
 
@@ -135,3 +140,34 @@ def test_split_depends_on_the_seed() -> None:
 def test_streams_of_a_seed_are_different() -> None:
     draws = {torch.rand(1, generator=generator(seed, stream)).item() for seed in (0, 1) for stream in ("xi", "a", 3)}
     assert len(draws) == 6
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> tuple[PictureFiles, np.ndarray]:
+    """Eleven pictures of noise in files, and their pixels."""
+    images, _ = numbered(11, channels=3)
+    for index, image in enumerate(images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{index:02}.png")
+    return open_folder(tmp_path)[0], images
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_in_files_give_the_batches_of_pictures_in_memory(folder, workers: int) -> None:
+    files, images = folder
+    options = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "augment": "flip-crop", "seed": 3}
+    state = torch.get_rng_state()
+    lazy = Batches(files, np.arange(11), **options, workers=workers)
+    held = Batches(images, np.arange(11), **options)
+    for draw in (lambda b: b.shuffled(1, 4, 3, start=1), lambda b: b.in_order(5), lambda b: b.at(torch.tensor([3]), 1)):
+        for found, expected in zip(draw(lazy), draw(held), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(torch.get_rng_state(), state), "dropout depends on torch's own generator"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_picture_that_a_worker_cannot_read_is_one_clear_error(folder, workers: int) -> None:
+    files, _ = folder
+    files.files[7].write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"cannot read picture .*07\.png") as caught:
+        list(Batches(files, np.arange(11), mean=(0,) * 3, std=(1,) * 3, workers=workers).in_order(4))
+    assert "\n" not in str(caught.value)

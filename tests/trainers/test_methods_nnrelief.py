@@ -15,6 +15,8 @@ from prune_onnx.graph_ops.errors import ConfigError
 from prune_onnx.trainers.config import Schedule, TrainConfig
 from prune_onnx.trainers.masks import prunable
 from prune_onnx.trainers.methods.nnrelief import NNrelief, contributions, essential
+from prune_onnx.trainers.methods.residual import weak_channels
+from prune_onnx.trainers.trace import trace
 
 from .pruning_runs import attached, images, network, resumed_equals_uninterrupted, train
 
@@ -254,3 +256,45 @@ def test_published_values_are_the_defaults() -> None:
 def test_other_convolutions_are_refused() -> None:
     with pytest.raises(ConfigError, match="two-dimensional"):
         NNrelief.check(nn.Sequential(nn.Conv1d(1, 2, 3)))
+
+
+class Residual(nn.Module):
+    """A block with a shortcut, an identity or a convolution of its own."""
+
+    def __init__(self, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.block, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.shortcut = shortcut
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.last(self.block(x)) + self.shortcut(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("identity", [True, False])
+def test_channels_that_add_little_to_a_sum_go_on_either_side(identity: bool) -> None:
+    torch.manual_seed(0)
+    model = Residual(nn.Identity() if identity else nn.Conv2d(4, 4, 1)).eval()
+    alpha = 0.9
+    with torch.no_grad():
+        model.last.weight[1] = model.last.bias[1] = 1e-3  # next to nothing beside the shortcut
+        model.last.weight[2] = 500.0  # the shortcut is next to nothing beside it
+    inputs, _ = next(images().in_order(60))
+    x = torch.relu(model.norm(model.stem(inputs)))
+    both = (model.last(model.block(x)), model.shortcut(x))
+    sides = [side.detach().abs().mean(0).flatten(1).norm(dim=1) for side in both]
+    found = weak_channels(model, trace(model, inputs), images().in_order(25), alpha)
+    assert found.keys() == ({"block"} if identity else {"block", "shortcut"})
+    assert torch.equal(found["block"], sides[0] / sides[1] < (1 - alpha) / alpha)
+    assert found["block"].tolist()[1:3] == [True, False]
+    if not identity:
+        assert torch.equal(found["shortcut"], sides[1] / sides[0] < (1 - alpha) / alpha)
+        assert found["shortcut"][2]
+    method = attached(NNrelief(alpha=1.0, conv_alpha=alpha, samples=60, residual=True), model)
+    method.after_epoch(0.1, epoch=1)
+    assert not model.block.weight[1].any()
+    assert (model.last.weight[1], model.last.bias[1]) == (0, 0)
+    assert model.block.weight[2].any()

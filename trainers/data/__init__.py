@@ -12,16 +12,21 @@ from pathlib import Path
 from prune_onnx.graph_ops.progress import SILENT, Progress
 from prune_onnx.graph_ops.registry import Registry
 
-from . import cifar, digits, mnist
 from .base import Dataset, Loader
+from .cifar import CIFAR10, CIFAR100
+from .digits import DIGITS
+from .mnist import FASHION_MNIST, MNIST
+from .tiny_imagenet import TINY_IMAGENET
 
 __all__ = ["DATASETS", "Dataset", "load_dataset"]
 
 DATASETS: Registry[Loader] = Registry("data set")
-DATASETS.register("digits")(digits.load)
-DATASETS.register("mnist")(mnist.MNIST)
-DATASETS.register("fashion-mnist")(mnist.FASHION_MNIST)
-DATASETS.register("cifar10")(cifar.load)
+DATASETS.register("digits")(DIGITS)
+DATASETS.register("mnist")(MNIST)
+DATASETS.register("fashion-mnist")(FASHION_MNIST)
+DATASETS.register("cifar10")(CIFAR10)
+DATASETS.register("cifar100")(CIFAR100)
+DATASETS.register("tiny-imagenet")(TINY_IMAGENET)
 
 
 def load_dataset(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from prune_onnx.graph_ops.errors import DataError
 from prune_onnx.graph_ops.progress import Progress
+
+if TYPE_CHECKING:
+    from .pictures import PictureFiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,9 +22,9 @@ class Dataset:
 
     Attributes:
         name: its name in the registry.
-        train_images: uint8, shape (N, C, H, W).
+        train_images: uint8, shape (N, C, H, W); of large sets, pictures that are read when they are needed.
         train_labels: int64, shape (N,).
-        test_images: uint8, shape (M, C, H, W).
+        test_images: likewise, M of them.
         test_labels: int64, shape (M,).
         num_classes: labels are ``0 .. num_classes - 1``.
         mean: per channel, of pixel/255 over the training images.
@@ -30,9 +34,9 @@ class Dataset:
     """
 
     name: str
-    train_images: np.ndarray
+    train_images: np.ndarray | PictureFiles
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_images: np.ndarray | PictureFiles
     test_labels: np.ndarray
     num_classes: int
     mean: tuple[float, ...]
@@ -41,8 +45,25 @@ class Dataset:
     augment: str
 
 
-Loader = Callable[[Path, bool, Progress], Dataset]
-"""Reads a data set: (folder of the data files, whether to download what is missing, progress)."""
+class Loader(Protocol):
+    """Reads a data set.
+
+    Attributes:
+        summary: one line about the data set.
+    """
+
+    summary: str
+
+    def __call__(self, data_dir: Path, fetch: bool, progress: Progress) -> Dataset:
+        """Read it.
+
+        Args:
+            data_dir: folder of the data files.
+            fetch: whether to download what is missing.
+            progress: hears of downloads.
+        """
+        ...
+
 
 Place = Sequence[Sequence[Path]]
 """One place where a data set may lie: for each of its files, the paths that it may have there."""

@@ -28,6 +28,7 @@ class IdxSet:
 
     Attributes:
         name: its name in the registry.
+        summary: one line about it.
         folders: where it may lie below the data folder; downloads go to the first.
         mirrors: addresses that a file's name is appended to.
         archives: (sha256, bytes) of each of ``FILES`` as published, gzip.
@@ -38,6 +39,7 @@ class IdxSet:
     """
 
     name: str
+    summary: str
     folders: tuple[str, ...]
     mirrors: tuple[str, ...]
     archives: tuple[tuple[str, int], ...]
@@ -110,6 +112,7 @@ def _images(path: Path) -> np.ndarray:
 
 MNIST = IdxSet(
     name="mnist",
+    summary="MNIST: 70,000 handwritten digits of 28x28, grey (LeCun et al. 1998).",
     folders=("MNIST/raw", "mnist", "MNIST", "mnist/raw"),
     mirrors=(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -129,6 +132,7 @@ MNIST = IdxSet(
 
 FASHION_MNIST = IdxSet(
     name="fashion-mnist",
+    summary="Fashion-MNIST: 70,000 pieces of clothing of 28x28, grey, in 10 classes (Xiao et al. 2017).",
     folders=("FashionMNIST/raw", "fashion-mnist", "FashionMNIST", "fashion-mnist/raw", "fashion_mnist"),
     mirrors=(
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 METHODS: Registry[str] = Registry("method")
 METHODS.register("plain")("plain:Plain")
+METHODS.register("fine-tune")("fine_tune:FineTune")
 METHODS.register("network-slimming")("network_slimming:NetworkSlimming")
 METHODS.register("proximal-ns")("proximal_ns:ProximalNS")
 METHODS.register("group-lasso")("groups:GroupLasso")
@@ -34,6 +35,7 @@ METHODS.register("nnrelief")("nnrelief:NNrelief")
 METHODS.register("magnitude")("magnitude:Magnitude")
 METHODS.register("frank-wolfe")("frank_wolfe:FrankWolfe")
 METHODS.register("frank-wolfe-momentum")("frank_wolfe:FrankWolfeMomentum")
+METHODS.register("sfw")("stochastic_frank_wolfe:StochasticFrankWolfe")
 
 
 def method_class(name: str) -> type[Method]:

@@ -57,6 +57,9 @@ class Method:
     def attach(self, optimizer: torch.optim.Optimizer, images: Batches) -> None:
         """Take what pruning needs besides the network, after :meth:`prepare`: momentum to clear, images to score on."""
 
+    def begin(self) -> None:
+        """Change the network before the first step of a run; one that is resumed has that in its checkpoint."""
+
     def before_step(self) -> None:
         """Change gradients, after the backward pass and clipping, before the optimiser's step."""
 

@@ -14,9 +14,10 @@ Sources: Molchanov et al., "Pruning Convolutional Neural Networks for Resource E
 * ``signed``: at the end, so that examples cancel each other.
 * ``inside``: before the mean over the map: an upper bound.
 
-Scores are taken in evaluation mode. Convolutions whose channels meet others in a sum or concatenation are left out, and
-every layer keeps one filter. HRank's ranks use torch's default tolerance in float32; its 500 images are the default of
-both.
+Scores are taken in evaluation mode. Convolutions whose channels meet others in a sum or concatenation are left out, but
+with ``coupled`` what meets in a sum goes together, by the mean of its filters' scores (of ranks, each over its layer's
+mean); the map of a filter whose sum comes before the ReLU is BatchNorm's output. Every layer keeps one filter.
+HRank's ranks use torch's default tolerance in float32; its 500 images are the default of both.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from prune_onnx.graph_ops.progress import SILENT, Progress
 
 from ..masks import lowest
 from ..trace import Layer, evaluating, watched
-from .filters import alone, require_convolutions, share_of
-from .pruning import Pruning, pruned_count
+from .filters import FilterPruning, relative, share_of
+from .pruning import pruned_count
 
 if TYPE_CHECKING:
     from ..config import Schedule, TrainConfig
@@ -70,29 +71,18 @@ def ranks(maps: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class FeatureMaps(Pruning):
+class FeatureMaps(FilterPruning):
     """Base of the methods that score filters by their maps.
 
     Attributes:
-        prune_ratio: fraction of filters that goes.
         samples: training images that scores are computed on.
     """
 
-    prune_ratio: float = 0.5
     samples: int = IMAGES
 
     @classmethod
     def defaults(cls, config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
-        return {**super().defaults(config, schedule), "prune_ratio": 0.5, "samples": IMAGES}
-
-    @classmethod
-    def check(cls, model: nn.Module) -> None:
-        require_convolutions(model, cls.name)
-
-    def add_masks(self, model: nn.Module) -> None:
-        self._taken = alone(self._layers)
-        for layer in self._taken:
-            self.add_unit_masks(layer, units=True)
+        return {**super().defaults(config, schedule), "samples": IMAGES}
 
     def scores(self) -> list[torch.Tensor]:
         """Return the scores of each layer that takes part, shape (C,) each."""
@@ -151,6 +141,9 @@ class Taylor(FeatureMaps):
     @torch.no_grad()
     def prune(self, number: int) -> None:
         scores = self.scores()
+        if self.coupled:
+            self.prune_groups(scores, self.prune_ratio * number / self.rounds, together=True)
+            return
         for score, layer in zip(scores, self._taken, strict=True):
             score[self.dropped(layer)] = -1  # stays dropped
             score[score.argmax()] = torch.inf  # every layer keeps one
@@ -178,6 +171,10 @@ class HRank(FeatureMaps):
 
     @torch.no_grad()
     def prune(self, number: int) -> None:
+        if self.coupled:
+            scores = [relative(score) for score in self.scores()]
+            self.prune_groups(scores, self.prune_ratio * number / self.rounds, together=False)
+            return
         for score, layer in zip(self.scores(), self._taken, strict=True):
             score[self.dropped(layer)] = -1
             count = share_of(len(score), self.prune_ratio * number / self.rounds)

@@ -12,9 +12,11 @@ Sources: Li et al., "Pruning Filters for Efficient ConvNets" (2017); He et al., 
 the most replaceable. Its 40 % are 30 % by distance and 10 % by norm, hence the defaults here.
 
 l1-filters takes the convolutions whose channels meet no others in a sum or concatenation (in a ResNet the first one of
-a block, as in the paper), and with a filter its bias and BatchNorm. The other three take every convolution and, as
-their authors do, weights only: a zeroed filter still gives the constant that BatchNorm makes of zero. It is exactly
-constant, so ``slim`` can remove it; the authors' program leaves that out.
+a block, as in the paper), and with a filter its bias and BatchNorm. ``coupled`` takes the others too: what meets in a
+sum goes together, by the mean of its filters' scores, each over its layer's mean.
+
+The other three take every convolution and, as their authors do, weights only: a zeroed filter still gives the constant
+that BatchNorm makes of zero. It is exactly constant, so ``slim`` can remove it; the authors' program leaves that out.
 
 sfp needs long runs at a falling rate. With few steps an epoch BatchNorm lifts what has just come back to full size, and
 the last zeroing then costs what was built on it (scikit-learn's digits, 8 epochs of 20 steps: 25 %, fpgm-mix 95 %).
@@ -31,9 +33,10 @@ from torch import nn
 
 from prune_onnx.graph_ops.errors import ConfigError
 
+from ..coupling import couple
 from ..masks import lowest
 from ..trace import Layer
-from .pruning import Masked, Pruning
+from .pruning import Masked, Pruning, pruned_count
 
 if TYPE_CHECKING:
     from ..config import Schedule, TrainConfig
@@ -97,33 +100,95 @@ def require_convolutions(model: nn.Module, method: str) -> None:
         raise ConfigError(f"method {method!r} works on the filters of convolutions, and this network has none.")
 
 
+def relative(scores: torch.Tensor) -> torch.Tensor:
+    """Return a layer's scores over their mean; a layer of zeros keeps them."""
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores
+
+
 @dataclass
-class L1Filters(Pruning):
-    """L1 filter pruning: in each layer the filters of smallest L1 norm go, and the rest trains on.
+class FilterPruning(Pruning):
+    """Base of the methods that prune whole filters in rounds, with all that belongs to them.
 
     Attributes:
-        prune_ratio: fraction of each layer's filters that goes.
+        prune_ratio: fraction of filters that goes.
+        coupled: filters that meet others in a sum go too, together with those.
     """
 
-    name: ClassVar[str] = "l1-filters"
-
     prune_ratio: float = 0.5
+    coupled: bool = False
 
     @classmethod
     def defaults(cls, config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
-        return {**super().defaults(config, schedule), "prune_ratio": 0.5}
+        return {**super().defaults(config, schedule), "prune_ratio": 0.5, "coupled": False}
 
     @classmethod
     def check(cls, model: nn.Module) -> None:
         require_convolutions(model, cls.name)
 
     def add_masks(self, model: nn.Module) -> None:
-        self._taken = alone(self._layers)
-        for layer in self._taken:
+        if not self.coupled:
+            self._taken = alone(self._layers)
+            for layer in self._taken:
+                self.add_unit_masks(layer, units=True)
+            return
+        self._groups = couple(model, self._layers, next(self._images.in_order(2))[0])
+        free = torch.cat(self._groups.components) if self._groups.components else torch.tensor([], dtype=torch.long)
+        self._members = [layer for layer in self._layers if torch.isin(self._groups.units[layer.module], free).any()]
+        self._taken = [layer for layer in self._members if is_convolution(layer)]
+        for layer in self._members:
             self.add_unit_masks(layer, units=True)
+        own = {layer.norm for layer in self._members}  # others read what several layers have written
+        self._readers = [n for n, g in self._groups.norms.items() if n not in own and torch.isin(g, free).any()]
+        for norm in filter(lambda norm: norm.affine, self._readers):
+            self._masks.add(norm, "weight")
+            self._masks.add(norm, "bias")
+
+    @torch.no_grad()
+    def prune_groups(self, scores: list[torch.Tensor], ratio: float, *, together: bool) -> None:
+        """Drop the groups of lowest mean score; every layer keeps one.
+
+        Args:
+            scores: of each layer that takes part.
+            ratio: fraction of the groups that goes, those that are gone included.
+            together: rank the groups of all layers, not those of each set of layers that share some.
+        """
+        groups = self._groups
+        means = groups.mean({layer.module: score for layer, score in zip(self._taken, scores, strict=True)})
+        for layer in self._taken:  # what is gone stays gone
+            means[groups.units[layer.module].to(means.device)[~self._masks.get(layer.module).flatten()]] = -1
+        for layer in self._members:
+            own = groups.units[layer.module].to(means.device)
+            means[own[means[own].argmax()]] = torch.inf
+        dead = []
+        for part in [torch.cat(groups.components)] if together else groups.components:
+            values = means[part.to(means.device)]
+            count = pruned_count(ratio, len(part)) if together else share_of(len(part), ratio)
+            dead.append(part[lowest([values], min(count, int(values.isfinite().sum())))[0].cpu()])
+        self._drop_groups(torch.cat(dead))
+
+    def _drop_groups(self, dead: torch.Tensor) -> None:
+        for layer in self._members:
+            gone = torch.isin(self._groups.units[layer.module], dead)
+            self.drop_units(layer, gone.to(layer.module.weight.device))
+        for norm in filter(lambda norm: norm.affine, self._readers):
+            live = ~torch.isin(self._groups.norms[norm], dead).to(norm.weight.device)
+            self._masks.narrow(norm, "weight", live)
+            self._masks.narrow(norm, "bias", live)
+
+
+@dataclass
+class L1Filters(FilterPruning):
+    """L1 filter pruning: in each layer the filters of smallest L1 norm go, and the rest trains on."""
+
+    name: ClassVar[str] = "l1-filters"
 
     @torch.no_grad()
     def prune(self, number: int) -> None:
+        if self.coupled:
+            scores = [relative(by_l1(layer.module.weight.flatten(1))) for layer in self._taken]
+            self.prune_groups(scores, self.prune_ratio * number / self.rounds, together=False)
+            return
         for layer in self._taken:
             weight = layer.module.weight
             keep = share_of(len(weight), 1 - self.prune_ratio * number / self.rounds)

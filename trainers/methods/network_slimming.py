@@ -38,13 +38,13 @@ class NetworkSlimming(Method):
 
     Attributes:
         lambda_: strength of the L1 term.
-        init_gamma: initial BatchNorm scale.
+        init_gamma: initial BatchNorm scale; ``None`` goes on with trained ones.
     """
 
     name: ClassVar[str] = "network-slimming"
 
     lambda_: float
-    init_gamma: float = INIT_GAMMA
+    init_gamma: float | None = INIT_GAMMA
 
     @classmethod
     def defaults(cls, config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
@@ -52,7 +52,8 @@ class NetworkSlimming(Method):
         start = config.init_gamma or INIT_GAMMA
         # One step moves a scale by lr * lambda / (1 - m) once the momentum has built up.
         reach = sum(schedule.at(step) for step in range(schedule.steps)) / (1 - config.momentum)
-        return {"init_gamma": INIT_GAMMA, "lambda_": sufficient_lambda(published, start, reach, STRONGEST)}
+        init_gamma = None if config.starts_trained else INIT_GAMMA
+        return {"init_gamma": init_gamma, "lambda_": sufficient_lambda(published, start, reach, STRONGEST)}
 
     @classmethod
     def check(cls, model: nn.Module) -> None:
@@ -60,7 +61,8 @@ class NetworkSlimming(Method):
 
     def prepare(self, model: nn.Module, schedule: Schedule, *, seed: int = 0, progress: Progress = SILENT) -> None:
         self._norms = batch_norms(model)
-        start_scales(self._norms, self.init_gamma)
+        if self.init_gamma is not None:
+            start_scales(self._norms, self.init_gamma)
 
     @torch.no_grad()
     def before_step(self) -> None:

@@ -15,10 +15,11 @@ program, and not in the text:
 
 * A unit whose activation (ReLU) is zero on all samples loses its inputs, its bias and its BatchNorm.
 * So does, from the output back, a unit without a surviving connection to what comes after it.
+* With ``residual``, of the ResNets, channels of a block that add next to nothing to its shortcut go (:mod:`.residual`).
 
 What differs from the reference program: the norm is the paper's (there a plain sum, or a norm of means), ties are not
 pruned (there equal scores all go, and the smallest does always), linear layers are scored on the unpruned network too,
-the first convolution of a ResNet is pruned like the others, and shortcuts are not weighed against residual blocks.
+the first convolution of a ResNet is pruned like the others, and identity shortcuts stay.
 
 Published (conv_alpha, alpha, rounds): LeNet-300-100 (-, .95, 15); LeNet-5 (.9, .95, 20); VGG-like .95, .95, 6; VGG-13
 .95, .95, 5; ResNet .95, .99, 10. The LeNets train and retrain for 60 epochs each: ``--epochs 960`` and ``1260``;
@@ -41,6 +42,7 @@ from ..connectivity import reaching
 from ..masks import prunable
 from ..trace import Layer, evaluating, watched
 from .pruning import SAMPLES, Pruning
+from .residual import weak_channels
 
 if TYPE_CHECKING:
     from ..config import Schedule, TrainConfig
@@ -72,6 +74,7 @@ class NNrelief(Pruning):
         conv_alpha: likewise, in convolutions.
         samples: training images that the signals are measured on.
         rewind: retrain from the initial weights.
+        residual: drop channels of residual blocks that are small beside the shortcut's.
     """
 
     name: ClassVar[str] = "nnrelief"
@@ -80,6 +83,7 @@ class NNrelief(Pruning):
     conv_alpha: float = 0.95
     samples: int = SAMPLES
     rewind: bool = False
+    residual: bool = False
 
     @classmethod
     def usual_rounds(cls, config: TrainConfig) -> int:
@@ -89,6 +93,7 @@ class NNrelief(Pruning):
     def defaults(cls, config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
         conv_alpha, alpha, _, rewind = _published(config)
         own = {"alpha": alpha, "conv_alpha": conv_alpha, "samples": SAMPLES, "rewind": rewind}
+        own["residual"] = config.model.startswith("resnet")
         return {**super().defaults(config, schedule), **own}
 
     @classmethod
@@ -105,6 +110,8 @@ class NNrelief(Pruning):
 
     @torch.no_grad()
     def prune(self, number: int) -> None:
+        images = self.scoring_batches(self.samples)
+        weak = weak_channels(self._model, self._layers, images, self.conv_alpha) if self.residual else {}
         for layer, kernels, biases in self._contributions():
             keep = essential(torch.cat([kernels, biases], 1), self._share(layer))
             columns = kernels.shape[1]
@@ -113,6 +120,9 @@ class NNrelief(Pruning):
             self._masks.narrow(layer.module, "weight", kept.expand_as(mask))
             if biases.numel():
                 self._masks.narrow(layer.module, "bias", keep[:, columns])
+        for layer in self._layers:
+            if layer.name in weak:
+                self.drop_units(layer, weak[layer.name])
         self._masks.apply()
         self._drop_silent()
         self._masks.apply()

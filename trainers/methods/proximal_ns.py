@@ -60,6 +60,7 @@ PUBLISHED = {
     "densenet": (0.004, 100.0),
     "resnet110": (0.002, 1.0),
     "resnet164": (0.002, 0.25),
+    "preresnet110": (0.002, 1.0),
     "preresnet164": (0.002, 0.25),
 }
 """(lambda, penalty) by the beginning of the network's name."""
@@ -88,7 +89,7 @@ class ProximalNS(Method):
         lambda_: strength of the L1 term on xi.
         penalty: coefficient of the quadratic term.
         every: update after each ``"step"`` or each ``"epoch"``.
-        init_gamma: initial BatchNorm scale.
+        init_gamma: initial BatchNorm scale; ``None`` goes on with trained ones.
     """
 
     name: ClassVar[str] = "proximal-ns"
@@ -96,7 +97,7 @@ class ProximalNS(Method):
     lambda_: float
     penalty: float
     every: str = "step"
-    init_gamma: float = INIT_GAMMA
+    init_gamma: float | None = INIT_GAMMA
 
     @classmethod
     def defaults(cls, config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
@@ -113,7 +114,8 @@ class ProximalNS(Method):
             if sufficient(penalty) > published:
                 penalty = max(penalty, SHORT_PENALTY)
             lambda_ = sufficient(config.penalty or penalty)
-        return {"lambda_": lambda_, "penalty": penalty, "every": "step", "init_gamma": INIT_GAMMA}
+        init_gamma = None if config.starts_trained else INIT_GAMMA
+        return {"lambda_": lambda_, "penalty": penalty, "every": "step", "init_gamma": init_gamma}
 
     @classmethod
     def check(cls, model: nn.Module) -> None:
@@ -121,11 +123,12 @@ class ProximalNS(Method):
 
     def prepare(self, model: nn.Module, schedule: Schedule, *, seed: int = 0, progress: Progress = SILENT) -> None:
         self._norms = batch_norms(model)
-        start_scales(self._norms, self.init_gamma)
+        if self.init_gamma is not None:
+            start_scales(self._norms, self.init_gamma)
         draws = generator(seed, "xi")
         for norm in self._norms:
             xi = torch.empty(norm.num_features).uniform_(*INIT_XI, generator=draws)
-            norm.register_buffer("xi", xi.to(norm.weight))
+            norm.register_buffer("xi", norm.weight.detach().clone() if self.init_gamma is None else xi.to(norm.weight))
         self._warn_if_none_can_die(schedule, progress)
 
     def after_step(self, lr: float) -> None:
@@ -165,7 +168,10 @@ class ProximalNS(Method):
 
     def _warn_if_none_can_die(self, schedule: Schedule, progress: Progress) -> None:
         distance = self.lambda_ * reach(schedule, self.penalty, self.every)
-        start = min(self.init_gamma, INIT_XI[0])
+        if self.init_gamma is None:
+            start = min(norm.xi.abs().min().item() for norm in self._norms)
+        else:
+            start = min(self.init_gamma, INIT_XI[0])
         if distance >= start:
             return
         if distance < 1e-6:

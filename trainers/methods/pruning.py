@@ -126,14 +126,16 @@ class Pruning(Masked):
     def defaults(cls, config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
         """Divide the run into parts of equal length, the first one with what is left over.
 
+        Of a network that starts with trained weights, the first part is not needed: it is pruned at once.
+
         Raises:
             ConfigError: it is too short for that.
         """
-        rounds = config.rounds
+        rounds, before = config.rounds, 0 if config.starts_trained else 1
         if rounds is None:  # two epochs for each part at least, or what there is
-            rounds = max(1, min(cls.usual_rounds(config), config.epochs // 2 - 1))
-        length = config.retrain_epochs or config.epochs // (rounds + 1)
-        if not 0 < rounds * length < config.epochs:
+            rounds = max(1, min(cls.usual_rounds(config), config.epochs // 2 - before))
+        length = config.retrain_epochs or config.epochs // (rounds + before)
+        if not 0 < rounds * length <= config.epochs - before:
             raise ConfigError(
                 f"{rounds} rounds of {max(length, 1)} epochs leave nothing of {config.epochs} epochs for the training "
                 "before them. Give more --epochs, or fewer --rounds or --retrain-epochs."
@@ -143,6 +145,9 @@ class Pruning(Masked):
     def prune(self, number: int) -> None:
         """Set the masks of round ``number``, counted from 1, by the network as it is now."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        self.after_epoch(0.0, 0)
 
     def after_epoch(self, lr: float, epoch: int = 0) -> None:
         if epoch in self._restarts:

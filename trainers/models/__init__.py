@@ -39,6 +39,14 @@ MODELS.register("resnet20-b")("resnet:resnet20_b")
 MODELS.register("resnet32-b")("resnet:resnet32_b")
 MODELS.register("resnet56-b")("resnet:resnet56_b")
 MODELS.register("resnet110-b")("resnet:resnet110_b")
+MODELS.register("resnet18")("resnet_stages:resnet18")
+MODELS.register("resnet34")("resnet_stages:resnet34")
+MODELS.register("resnet18-7x7")("resnet_stages:resnet18_large")
+MODELS.register("resnet34-7x7")("resnet_stages:resnet34_large")
+MODELS.register("resnet18-narrow")("resnet_stages:resnet18_narrow")
+MODELS.register("preresnet110")("preresnet:preresnet110")
+MODELS.register("preresnet164")("preresnet:preresnet164")
+MODELS.register("densenet40")("densenet:densenet40")
 
 
 def build_model(name: str, num_classes: int, in_shape: tuple[int, int, int], width: float = 1.0) -> nn.Module:
