@@ -144,6 +144,8 @@ def joined(device: str) -> Iterator[Ranks]:
 
     PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     try:
-        yield current()
+        ranks = current()
+        yield ranks
+        ranks.wait()  # leaving while others still talk would break their connections
     finally:
         dist.destroy_process_group()

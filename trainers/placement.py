@@ -70,6 +70,7 @@ def placed(
             yield Placed(_compiled(wrapped, config), optimizer, accelerator.backward)
         finally:
             accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+            accelerator.free_memory()  # its wrapper around the network must be gone before the processes part
 
 
 def _compiled(model: nn.Module, config: TrainConfig) -> Forward:
