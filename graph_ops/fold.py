@@ -70,6 +70,8 @@ def _fold(norm: gs.Node, graph: gs.Graph) -> bool:
         gs.Constant(_free(graph, f"{name}_folded"), new_weight),
         gs.Constant(_free(graph, f"{name}_bias_folded"), shift.astype(weight.dtype)),
     ]
+    # A layer without a name goes by its output's (see Graph), which changes now; reports and --ignore go on with it.
+    before.name = before.name or f"{before.op}({x.name})"
     # The BN's output keeps its name: it may be a graph output or be read by name elsewhere.
     out = norm.outputs[0]
     norm.outputs.clear()

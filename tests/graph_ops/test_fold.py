@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from prune_onnx.graph_ops import gammas, model_io
 from prune_onnx.graph_ops.errors import ModelError
 from prune_onnx.graph_ops.fold import fold_batch_norm
+from prune_onnx.graph_ops.graph import Graph
 
 from .builder import Net, Runner, distance, outputs_of, run_ort, run_reference
 
@@ -226,3 +227,15 @@ def test_constant_nodes_as_parameters() -> None:
         net.input(1, 3, 7, 7), 8, weight=net.op("Constant", value=numpy_helper.from_array(net.random(8, 3, 3, 3)))
     )
     check_fold(net.model(net.head(net.bn(y))))
+
+
+def test_a_layer_without_a_name_is_called_the_same_afterwards() -> None:
+    """Reports and ``--ignore`` know it by its output, which the BatchNormalization's takes the place of."""
+    net = Net()
+    model = net.model(net.relu(net.bn(net.conv(net.input(1, 3, 7, 7), 8))))
+    for node in model.graph.node:
+        node.name = ""
+    folded = check_fold(model)
+    assert [n.name for n in Graph(folded).nodes if n.op_type == "Conv"] == [
+        n.name for n in Graph(model).nodes if n.op_type == "Conv"
+    ]
