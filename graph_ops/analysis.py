@@ -26,6 +26,8 @@ Axes = dict[int, Vector]
 
 # Analyses tried beyond the first one, where an axis that was chosen to be cut turned out to be stuck.
 MOST_PASSES = 8
+# Vectors longer than this are looked at unit by unit where positions do not matter.
+LONG = 4096
 
 
 @dataclass(frozen=True)
@@ -322,12 +324,19 @@ class Analysis:
         return self.graph.constant(name)
 
     def vectors(self) -> list[Vector]:
-        """Return every distinct vector of units; each must keep at least one position."""
+        """Return the units of every distinct vector; each vector must keep at least one position."""
         if self._vectors is None:
             # Most of them are one array wherever they occur; comparing contents is for the rest.
             arrays = {id(vector): vector for axes in self.axes.values() for vector in axes.values()}
-            self._vectors = list({vector.tobytes(): vector for vector in arrays.values()}.values())
+            lean = [self._distinct(vector) if len(vector) > LONG else vector for vector in arrays.values()]
+            self._vectors = list({vector.tobytes(): vector for vector in lean}.values())
         return self._vectors
+
+    def _distinct(self, vector: Vector) -> Vector:
+        """The units of a vector, once each: a map laid out as one line repeats each of them for every pixel."""
+        found = np.zeros(self.units, bool)
+        found[vector] = True
+        return np.flatnonzero(found)
 
 
 def analyse(
