@@ -186,7 +186,8 @@ def markdown(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         "# Coverage: half of every channel group removed", "",
-        f"`{' '.join(report['command'])}`, {env['date']}, {env['cpu']}, {env['cores']} cores; {versions}.", "",
+        f"`{' '.join(report['command'])}`, rows of several runs (each has its date in the JSON), the last one "
+        f"{env['date']}, {env['cpu']}, {env['cores']} cores; {versions}.", "",
         "MACs left: share of the original's multiply-accumulates, counted on the resulting ONNX graph.",
         "*Released*: axes that a LayerNorm, GroupNorm or mean runs across are cut as well (`--norms release`);",
         "*pinned*: they stay. *Difference*: largest deviation from the masked original, relative to the largest",
@@ -345,7 +346,7 @@ def write(rows: dict[str, Row], out: Path) -> None:
     for package in ("torchvision", "timm", "torch-pruning", "onnxsim"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    command = ["python", *(Path(part).name if Path(part).is_absolute() else part for part in sys.argv)]
+    command = ["python", "benchmarks/coverage.py", "ZOO_FOLDER", "--tools", ",".join(TOOLS)]
     environment["argv"] = command
     report = {"environment": environment, "versions": versions, "command": command,
               "summary": summarise(rows), "models": rows}
