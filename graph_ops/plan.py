@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .alignment import parts
 from .analysis import Analysis
 from .cost import CostModel
 from .errors import PlanError
@@ -24,20 +25,6 @@ CLOSE = 0.99
 FINE = 4
 
 
-def alignment_step(channels: int, align: int | str) -> int:
-    """Return the step that a group's kept count is rounded up to.
-
-    ONNX Runtime's CPU convolutions cost ceil(C / 16) blocks and leave the fast path when C % 4 != 0, so wide groups
-    step by 16 and narrow ones by 8 or 4; very narrow ones step by 1, because 4 would be too coarse.
-    """
-    if align != "auto":
-        return int(align)
-    for step, least in ((16, 128), (8, 32), (4, 8)):
-        if channels >= least:
-            return step
-    return 1
-
-
 @dataclass(frozen=True)
 class Budget:
     """What the plan has to meet.
@@ -46,7 +33,7 @@ class Budget:
         name: ``keep_macs``, ``keep_params``, ``keep_channels`` or ``keep_latency``.
         fraction: of the original's cost that may stay.
         scope: ``global`` or ``layer``.
-        align: see :func:`alignment_step`.
+        align: see :func:`.alignment.alignment_step`.
         min_keep: fraction of its units that every group keeps at least.
     """
 
@@ -92,18 +79,25 @@ class Planner:
         self.scores = scores.copy()
         for fork in analysis.forks:  # a shared stream's channel goes when all of its readers dropped it, not before
             self.scores[fork.source] = np.nan
-        steps = latency.steps if latency and budget.align == "auto" else [None] * len(analysis.groups)
-        self.groups = [self._group(group.units, at) for group, at in zip(analysis.groups, steps, strict=True)]
+        if latency and budget.align == "auto":
+            self.groups = [self._group(g.units, at) for g, at in zip(analysis.groups, latency.steps, strict=True)]
+        elif budget.align == 1:
+            self.groups = [self._group(g.units, range(1, len(g.units) + 1)) for g in analysis.groups]
+        else:
+            self.groups = [
+                self._group(part.units, range(step, len(part.units) + 1, step))
+                for group in parts(analysis)
+                for part in group
+                for step in [part.step(budget.align)]
+            ]
 
-    def _group(self, units: np.ndarray, steps: Sequence[int] | None) -> _Group:
+    def _group(self, units: np.ndarray, steps: Sequence[int]) -> _Group:
         fixed = self.analysis.pinned[units] | (np.isnan(self.scores[units]) & self.base[units])
         alive, dead = units[~fixed & self.base[units]], units[~fixed & ~self.base[units]]
         order = np.concatenate([alive[np.argsort(-self.scores[alive], kind="stable")], dead])
         held = int(fixed.sum())
-        step = alignment_step(len(units), self.budget.align)
         floor = min(max(0, max(1, int(np.ceil(self.budget.min_keep * len(units)))) - held), len(alive))
-        totals = range(step, len(units) + 1, step) if steps is None else steps
-        totals = [total for total in totals if total >= held + floor]
+        totals = [total for total in steps if total >= held + floor]
         options = [total - held for total in totals] or [len(alive)]
         fine = {total - held for total in range(FINE, len(units) + 1, FINE) if total >= held + floor}
         return _Group(order, len(alive), options, sorted({*options, *fine}))
@@ -228,7 +222,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class _Group:
-    """One group's removable units.
+    """The removable units of a group, or of a part of it that is aligned by itself.
 
     Attributes:
         order: units by importance, those that exact removal would take last: they may stay to fill up a step.

@@ -7,11 +7,13 @@ is left out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 
+from prune_onnx.graph_ops.alignment import parts
 from prune_onnx.graph_ops.allocate import Curve, FractionalCost, Steps, allocate, options, uniform
 from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.cost import CostModel
@@ -21,7 +23,7 @@ from prune_onnx.graph_ops.exact import Edits
 from prune_onnx.graph_ops.importance import CRITERIA, importance
 from prune_onnx.graph_ops.latency_model import LatencyModel
 from prune_onnx.graph_ops.masked import masked_reference
-from prune_onnx.graph_ops.plan import Budget, Planner, alignment_step
+from prune_onnx.graph_ops.plan import Budget, Planner
 from prune_onnx.graph_ops.progress import Progress
 
 from .calibration import Calibration, size_of
@@ -229,9 +231,11 @@ def _limits(
 ) -> tuple[dict[int, int], dict[int, Steps], dict[int, int]]:
     """Sizes, steps and least counts of the groups that have a curve."""
     sizes = {g: len(analysis.groups[g].units) for g in curves}
-    steps: dict[int, Steps] = {g: alignment_step(n, config.align) for g, n in sizes.items()}
     if latency is not None and config.align == "auto":
-        steps = {g: latency.steps[g] for g in sizes}
+        steps: dict[int, Steps] = {g: latency.steps[g] for g in sizes}
+    else:
+        every = parts(analysis)
+        steps = {g: math.lcm(*(part.step(config.align) for part in every[g])) for g in sizes}
     return sizes, steps, {g: max(1, int(np.ceil(config.min_keep * n))) for g, n in sizes.items()}
 
 

@@ -11,11 +11,12 @@ import onnx
 import pytest
 
 from prune_onnx.graph_ops import plan
+from prune_onnx.graph_ops.alignment import alignment_step
 from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.cost import CostModel
 from prune_onnx.graph_ops.errors import PlanError
 from prune_onnx.graph_ops.importance import importance
-from prune_onnx.graph_ops.plan import Budget, Planner, alignment_step
+from prune_onnx.graph_ops.plan import Budget, Planner
 
 from .builder import Net, analysed, check_cut, removed_units
 
