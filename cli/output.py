@@ -20,7 +20,7 @@ from rich.text import Text
 
 from prune_onnx.graph_ops.progress import Advance, Progress
 from prune_onnx.pipeline.config import to_toml
-from prune_onnx.pipeline.formats import growth, in_unit, milliseconds, number, percent, ratio, size
+from prune_onnx.pipeline.formats import counted, growth, in_unit, milliseconds, number, percent, ratio, size
 from prune_onnx.pipeline.results import StageResult
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def show_slim(console: Console, result: SlimResult) -> None:
     console.out.print(table)
     _show_groups(console, result.groups)
     if latency := result.latency:
-        where = [latency.provider, *([f"{latency.threads} threads"] if latency.threads else [])]
+        where = [latency.provider, *([counted(latency.threads, "thread")] if latency.threads else [])]
         before, after = milliseconds(latency.original_ms), milliseconds(latency.measured_ms)
         console.say(
             f"Latency: {before} to {after} ({percent(latency.measured_ms / latency.original_ms)} of it; asked for "
@@ -213,7 +213,7 @@ def show_eval(console: Console, result: EvalResult) -> None:
         console.say(f"Same class as the baseline: {percent(agreement.top1)} of {agreement.samples:,} samples.")
     latency = result.model.latency_ms
     runs = f"{latency.runs:,} runs{' each, in turns' if result.baseline else ''}, CV {percent(latency.cv)}"
-    threads = f", {result.threads} threads" if result.threads else ""
+    threads = f", {counted(result.threads, 'thread')}" if result.threads else ""
     console.say(f"{result.provider}{threads}, batch {result.timings[0].batch_size}, {runs}; {result.data}.")
     if result.compared_with:
         console.say(f"The baseline is the result in {result.compared_with.file} ({result.compared_with.date}).")
@@ -236,7 +236,7 @@ def _show_models(console: Console, result: EvalResult) -> None:
         table.add_row(each.name, *each.cells, verdict, "on the front" if each.on_front else "")
     console.out.print(table)
     console.say("On the front: no other model is both as fast and as good.")
-    threads = f", {result.threads} threads" if result.threads else ""
+    threads = f", {counted(result.threads, 'thread')}" if result.threads else ""
     runs = f"{result.model.latency_ms.runs:,} runs each, in turns"
     console.say(f"{result.provider}{threads}, batch {result.timings[0].batch_size}, {runs}; {result.data}.")
     for each in result.candidates:

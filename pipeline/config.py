@@ -104,6 +104,10 @@ def _toml_value(value: Any) -> str:
 
 def _explain(label: str, value: Any, details: list[Mapping[str, Any]]) -> str:
     """Return one line for all that pydantic says of one key (a union gives one complaint for each member)."""
+    # A list with a wrong entry has too few right ones as well, which says nothing.
+    details = [d for d in details if d["type"] != "too_short" or len(d["loc"]) > 1] if len(details) > 1 else details
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
     problems = list(dict.fromkeys(_problem(detail) for detail in details))
     if problems == ["missing"]:
         return f"{label} is missing."

@@ -53,6 +53,15 @@ def plain(value: float, *, sign: bool = False) -> str:
     return _minus(f"{value:+.4g}" if sign else f"{value:.4g}")
 
 
+def counted(count: int, what: str) -> str:
+    """Write a number of things.
+
+    >>> counted(1, "channel"), counted(2000, "channel")
+    ('1 channel', '2,000 channels')
+    """
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def p_value(value: float) -> str:
     """Return the p-value of a test.
 

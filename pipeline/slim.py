@@ -35,6 +35,7 @@ from prune_onnx.graph_ops.unshare import own_operands
 from . import posttraining
 from .calibration import Calibration, open_calibration
 from .environment import capture
+from .formats import counted
 from .latency import LatencySearch, Plans, measured_steps
 from .precision import convert
 from .probing import Feeds, probe, random_feeds, shapes_at
@@ -393,11 +394,10 @@ def _report(
     edits = decision.edits
     odd = _odd_widths(analysis, keep)
     if odd:
-        count = "1 convolution is" if len(odd) == 1 else f"{len(odd)} convolutions are"
         notes.append(
-            f"{count} left with a width that is no multiple of 4 ({', '.join(odd[:4])}"
-            f"{', ...' if len(odd) > 4 else ''}); ONNX Runtime may run them slower than wider ones. "
-            "A budget, or --align 4, keeps widths aligned"
+            f"{counted(len(odd), 'convolution')} {'is' if len(odd) == 1 else 'are'} left with a width that is no "
+            f"multiple of 4 ({', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''}); ONNX Runtime may run them slower "
+            "than wider ones. A budget, or --align 4, keeps widths aligned"
         )
     if not any(g.channels > g.kept for g in groups):
         notes.append("nothing was removed: no channel can go under these options")

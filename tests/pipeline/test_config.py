@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prune_onnx.graph_ops.errors import ConfigError
 from prune_onnx.pipeline.config import keys, load_toml, parse, to_toml
+from prune_onnx.pipeline.eval_schema import EvalConfig
 
 
 class Options(BaseModel):
@@ -111,3 +112,15 @@ def test_to_toml_is_read_back_as_it_was(values: dict) -> None:
 
 def test_to_toml_leaves_none_out() -> None:
     assert to_toml({"a": None, "b": {"c": None, "d": 1}}) == "\n[b]\nd = 1\n"
+
+
+@pytest.mark.parametrize(("given", "said"), [(["0"], "0"), (["4", "0"], "['4', '0']")])
+def test_a_list_with_a_wrong_entry_is_not_called_too_short(given: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(EvalConfig, {"model": "m.onnx", "batch_size": given})
+    assert str(caught.value) == f"options: batch_size: {said} should be greater than or equal to 1."
+
+
+def test_an_empty_list_is_too_short() -> None:
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        parse(EvalConfig, {"model": "m.onnx", "batch_size": []})
