@@ -31,6 +31,8 @@ from prune_onnx.trainers.loop import choose_device, evaluate, fit
 from prune_onnx.trainers.methods import method_class
 from prune_onnx.trainers.methods.base import Method
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPOCHS, STEPS = 4, 6
 """60 images in batches of 10."""
 
@@ -114,15 +116,6 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 def timeless(history: list[dict]) -> list[dict]:
     """The history without the one thing that differs from run to run."""
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These networks are too small for more, and on a busy machine more are slower by far."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -112,11 +112,6 @@ class BackwardSelection(Pruning):
         if self.rewind:
             initial.restore(self._model)
 
-    def finish(self, model: nn.Module) -> dict[str, int]:
-        if self.rewind:
-            initial.forget(model)
-        return super().finish(model)
-
     def alive(self, layer: Layer) -> list[int]:
         """Return the channels of a layer that are left."""
         return self._masks.get(layer.module).flatten().nonzero().flatten().tolist()

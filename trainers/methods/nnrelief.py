@@ -133,11 +133,6 @@ class NNrelief(Pruning):
         if self.rewind:
             initial.restore(self._model)
 
-    def finish(self, model: nn.Module) -> dict[str, int]:
-        if self.rewind:
-            initial.forget(model)
-        return super().finish(model)
-
     def _share(self, layer: Layer) -> float:
         return self.alpha if isinstance(layer.module, nn.Linear) else self.conv_alpha
 

@@ -18,6 +18,7 @@ from torch import nn
 from prune_onnx.graph_ops.errors import ConfigError
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
+from .. import initial
 from ..batches import generator
 from ..masks import Masks, prunable, weight_facts
 from ..trace import Layer, trace
@@ -63,10 +64,11 @@ class Masked(Method):
         self._masks.apply()
 
     def finish(self, model: nn.Module) -> dict[str, int]:
-        """Take the masks off; the zeros stay."""
+        """Take the masks off, and the initial weights of methods that rewind; the zeros stay."""
         self._masks.reload()
         self._masks.apply()
         self._masks.remove()
+        initial.forget(model)
         return self.sparsity(model)
 
     def sparsity(self, model: nn.Module) -> dict[str, int]:

@@ -6,6 +6,7 @@ pads zero channels on both sides; option B has a 1x1 convolution with BatchNorm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -53,6 +54,28 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
+def basic_stages(
+    channels: int, widths: Sequence[int], blocks: Sequence[int], width: float, option: Option
+) -> tuple[nn.Sequential, int]:
+    """Return stages of basic blocks, each but the first at half the resolution, and the channels of the last one.
+
+    Args:
+        channels: that the first stage gets.
+        widths: of the stages, before the multiplier ``width``.
+        blocks: of each stage.
+        option: the shortcut where sizes differ.
+    """
+    stages = []
+    for stage, (count, base) in enumerate(zip(blocks, widths, strict=True)):
+        out = scaled(base, width)
+        strides = [2 if stage else 1, *[1] * (count - 1)]
+        stages.append(nn.Sequential(*[
+            BasicBlock(out if index else channels, out, stride, option) for index, stride in enumerate(strides)
+        ]))  # fmt: skip
+        channels = out
+    return nn.Sequential(*stages), channels
+
+
 class ResNet(nn.Module):
     """Stem, three stages of ``blocks`` blocks, global average, linear.
 
@@ -70,15 +93,7 @@ class ResNet(nn.Module):
         channels = scaled(16, width)
         self.conv1 = _conv(in_shape[0], channels, 3)
         self.bn1 = nn.BatchNorm2d(channels)
-        stages = []
-        for stage, base in enumerate((16, 32, 64)):
-            out = scaled(base, width)
-            strides = [2 if stage else 1, *[1] * (blocks - 1)]
-            stages.append(nn.Sequential(*[
-                BasicBlock(out if index else channels, out, stride, option) for index, stride in enumerate(strides)
-            ]))
-            channels = out
-        self.stages = nn.Sequential(*stages)
+        self.stages, channels = basic_stages(channels, (16, 32, 64), (blocks,) * 3, width, option)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)

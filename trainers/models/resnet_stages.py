@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .common import ImageShape, initialise, require_side, scaled
-from .resnet import BasicBlock
+from .resnet import basic_stages
 
 WIDTHS = (64, 128, 256, 512)
 NARROW = (16, 32, 64, 128)
@@ -55,15 +55,7 @@ class FourStages(nn.Module):
         if stem == "large":
             first.append(nn.MaxPool2d(3, stride=2, padding=1))
         self.stem = nn.Sequential(*first)
-        stages = []
-        for stage, (count, base) in enumerate(zip(blocks, widths, strict=True)):
-            out = scaled(base, width)
-            strides = [2 if stage else 1, *[1] * (count - 1)]
-            stages.append(nn.Sequential(*[
-                BasicBlock(out if index else channels, out, stride, "B") for index, stride in enumerate(strides)
-            ]))  # fmt: skip
-            channels = out
-        self.stages = nn.Sequential(*stages)
+        self.stages, channels = basic_stages(channels, widths, blocks, width, "B")
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
