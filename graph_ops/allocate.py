@@ -50,17 +50,28 @@ class Curve:
 
 
 class FractionalCost:
-    """A cost as products of kept fractions of groups, for what-if questions about counts instead of units."""
+    """A cost as products of kept fractions of sets of units, for what-if questions about counts instead of units."""
 
-    def __init__(self, analysis: Analysis, name: str, model: CostModel | None = None) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        name: str,
+        model: CostModel | None = None,
+        parts: Sequence[np.ndarray] | None = None,
+    ) -> None:
         """Prepare the terms.
 
         Args:
             analysis: of the graph.
             name: ``macs``, ``params``, ``channels`` or ``latency``.
             model: of the costs; needed for ``latency``.
+            parts: disjoint sets of units; ``None`` takes the channel groups. All other units stay.
         """
-        self.groups = len(analysis.groups)
+        parts = [group.units for group in analysis.groups] if parts is None else parts
+        self.groups = len(parts)
+        part_of = np.full(analysis.units, -1)
+        for number, units in enumerate(parts):
+            part_of[units] = number
         self.fixed, terms = (model or CostModel(analysis)).terms(name)
         self._scale = np.asarray([t.scale for t in terms], np.float64)
         width = max((len(t.factors) for t in terms), default=1)
@@ -69,18 +80,18 @@ class FractionalCost:
         self._factors[:, :, -1] = 1.0
         for t, term in enumerate(terms):
             for f, vector in enumerate(term.factors):
-                ids, positions = np.unique(analysis.group_of[vector], return_counts=True)
+                ids, positions = np.unique(part_of[vector], return_counts=True)
                 self._factors[f, t, -1] = 0.0
                 self._factors[f, t, ids] = positions  # id -1 is the last column
         blank = (None,) * width
         self._curves = [Curves([(*t.curves, *blank)[f] for t in terms]) for f in range(width)]
 
     def total(self, kept: np.ndarray) -> float:
-        """Cost when group g keeps the fraction ``kept[g]``."""
+        """Cost when set g keeps the fraction ``kept[g]``."""
         return float(self._sum((self._factors @ np.append(kept, 1.0))[:, :, None])[0])
 
     def along(self, kept: np.ndarray, g: int, shares: np.ndarray) -> np.ndarray:
-        """Cost when group g keeps each of the fractions ``shares`` and the others what ``kept`` says."""
+        """Cost when set g keeps each of the fractions ``shares`` and the others what ``kept`` says."""
         others = np.append(kept, 1.0)
         others[g] = 0.0
         return self._sum((self._factors @ others)[:, :, None] + self._factors[:, :, g, None] * shares)

@@ -353,11 +353,15 @@ class LatencyModel:
     @cached_property
     def steps(self) -> list[list[int]]:
         """For each group the kept counts worth stopping at, ascending; the last one is everything."""
-        cost = FractionalCost(self.analysis, "latency", self.cost)
+        return self.stops([group.units for group in self.analysis.groups])
+
+    def stops(self, parts: Sequence[np.ndarray]) -> list[list[int]]:
+        """For each of several disjoint sets of units the kept counts worth stopping at, ascending; the last is all."""
+        cost = FractionalCost(self.analysis, "latency", self.cost, parts)
         whole = np.ones(cost.groups)
         result = []
-        for g, group in enumerate(self.analysis.groups):
-            n = len(group.units)
+        for g, units in enumerate(parts):
+            n = len(units)
             times = cost.along(whole, g, np.arange(1, n + 1) / n)
             worth = WORTH * (times[-1] - times[0]) / max(n - 1, 1)
             stops = [n]

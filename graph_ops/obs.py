@@ -19,7 +19,7 @@ reconstruction of ThiNet / He et al. 2017.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Gram:
     b: np.ndarray
     t: float
     count: int
+    _full: tuple[float, np.ndarray, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, x: np.ndarray, t: np.ndarray, *, rows: int = 16384) -> Gram:
@@ -61,6 +62,25 @@ class Gram:
     def error(self, w: np.ndarray) -> float:
         """Mean squared error of ``W x`` against the targets, summed over the outputs."""
         return float(self.t - 2 * np.sum(w * self.b) + np.sum((w @ self.a) * w))
+
+    def __add__(self, other: Gram) -> Gram:
+        """The moments over both sets of positions."""
+        count = self.count + other.count
+        mine, its = self.count / count, other.count / count
+        return Gram(mine * self.a + its * other.a, mine * self.b + its * other.b, mine * self.t + its * other.t, count)
+
+    def on(self, columns: np.ndarray) -> Gram:
+        """The moments of some columns, given as indexes."""
+        return Gram(self.a[np.ix_(columns, columns)], self.b[:, columns], self.t, self.count)
+
+    def full(self, w0: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+        """H^-1 and the ridge solution on all columns; several questions about one layer share them."""
+        if self._full is None or self._full[0] != ridge:
+            diagonal = ridge_matrix(self, ridge)
+            inverse = np.linalg.inv(self.a + np.diag(diagonal))
+            inverse = (inverse + inverse.T) / 2
+            self._full = ridge, inverse, (self.b + w0 * diagonal) @ inverse
+        return self._full[1:]
 
 
 def ridge_matrix(gram: Gram, ridge: float) -> np.ndarray:
@@ -112,7 +132,7 @@ class Reader:
     Attributes:
         gram: its moments.
         w0: (O, D) trained weights.
-        columns: (units, k) the columns that each unit feeds; equally many for every unit.
+        columns: (units, k) the columns that each unit feeds; -1 fills up the rows of units that feed fewer.
         weight: of this layer's relative error in the sum.
     """
 
@@ -122,8 +142,16 @@ class Reader:
     weight: float = 1.0
 
 
+# Paths of more units than this remove several at a time: 1/64 of those that are left.
+SINGLY = 64
+# Rows of removed columns are taken out of the inverse when they are this part of it.
+COMPACT = 0.2
+
+
 def removal_path(readers: Sequence[Reader], ridge: float, allowed: np.ndarray, stop: int = 0) -> Path:
     """Remove units one by one, always the one that costs all its readers together the least.
+
+    Of many units (more than 64), the cheapest few go at a time, in the order of what each alone would cost.
 
     Args:
         readers: the layers that read the units.
@@ -137,27 +165,39 @@ def removal_path(readers: Sequence[Reader], ridge: float, allowed: np.ndarray, s
     error = [sum(state.start for state in states)]
     while len(left) > stop:
         costs = sum(state.costs(left) for state in states)
-        best = int(np.argmin(costs))
-        for state in states:
-            state.remove(left[best])
-        order.append(int(left[best]))
-        error.append(error[-1] + max(float(costs[best]), 0.0))
-        left = np.delete(left, best)
+        several = min(max(1, len(left) // SINGLY), len(left) - stop)
+        chosen = np.argsort(costs, kind="stable")[:several]
+        each = np.maximum(costs[chosen], 0.0)
+        grown = max(sum(state.remove(left[chosen]) for state in states), 0.0)
+        # What they cost together is shared out in proportion to what each costs alone.
+        growth = np.cumsum(each) * (grown / each.sum() if each.any() else 0.0)
+        error += (error[-1] + growth).tolist()
+        order += left[chosen].tolist()
+        left = np.delete(left, chosen)
     return Path(np.asarray(order, np.int64), np.asarray(error))
 
 
 class _State:
-    """A reader's inverse and weights while units go."""
+    """A reader's inverse and weights while units go, on the columns that the units feed."""
 
     def __init__(self, reader: Reader, ridge: float) -> None:
         gram = reader.gram
-        diagonal = ridge_matrix(gram, ridge)
-        inverse = np.linalg.inv(gram.a + np.diag(diagonal))
-        self.inverse = (inverse + inverse.T) / 2
-        self.w = (gram.b + reader.w0 * diagonal) @ self.inverse
-        self.columns = reader.columns
+        inverse, w = gram.full(reader.w0, ridge)
         self.scale = reader.weight / max(gram.t, 1e-30)
-        self.start = max(gram.error(self.w), 0.0) * self.scale
+        self.start = max(gram.error(w), 0.0) * self.scale
+        fed = reader.columns >= 0
+        used, places = np.unique(reader.columns[fed], return_inverse=True)
+        # Missing columns get rows of their own that nothing depends on, one for each place in a unit's block.
+        spare = reader.columns.shape[1] if not fed.all() else 0
+        size = len(used) + spare
+        self.inverse = np.eye(size)
+        self.inverse[: len(used), : len(used)] = inverse[np.ix_(used, used)]
+        self.w = np.zeros((len(w), size))
+        self.w[:, : len(used)] = w[:, used]
+        self.columns = np.broadcast_to(len(used) + np.arange(reader.columns.shape[1]), fed.shape).copy()
+        self.columns[fed] = places
+        self.spare = len(used)  # what comes from here on is nobody's
+        self.gone = np.zeros(size, bool)
 
     def costs(self, units: np.ndarray) -> np.ndarray:
         """What removing each of ``units`` would cost, (len(units),)."""
@@ -166,13 +206,34 @@ class _State:
         w = self.w[:, g].transpose(1, 2, 0)
         return np.sum(np.linalg.solve(blocks, w) * w, (1, 2)) * self.scale
 
-    def remove(self, unit: int) -> None:
-        """Take a unit out; the others make up for it."""
-        g = self.columns[unit]
-        factor = np.linalg.solve(self.inverse[np.ix_(g, g)], self.inverse[g, :])
-        self.w -= self.w[:, g] @ factor
-        self.inverse -= self.inverse[:, g] @ factor
-        self.inverse = (self.inverse + self.inverse.T) / 2
+    def remove(self, units: np.ndarray) -> float:
+        """Take units out, the others make up for them; return what that costs."""
+        g = np.unique(self.columns[units])
+        g = g[g < self.spare]
+        if not len(g):
+            return 0.0
+        block, rows, w = self.inverse[np.ix_(g, g)], self.inverse[g, :], self.w[:, g]
+        solved = np.linalg.solve(block, np.concatenate([w.T, rows], 1))
+        cost = float(np.sum(solved[:, : len(w)] * w.T)) * self.scale
+        factor = solved[:, len(w) :]
+        self.w -= w @ factor
+        self.inverse -= rows.T @ factor
         self.w[:, g] = 0
         self.inverse[g, :] = self.inverse[:, g] = 0
         self.inverse[g, g] = 1.0
+        self.gone[g] = True
+        if self.gone.sum() > COMPACT * len(self.gone):
+            self._compact()
+        return cost
+
+    def _compact(self) -> None:
+        """Forget the columns that are gone; units that had them are not asked about again."""
+        stay = np.flatnonzero(~self.gone)
+        place = np.full(len(self.gone), -1)
+        place[stay] = np.arange(len(stay))
+        self.inverse = self.inverse[np.ix_(stay, stay)]
+        self.inverse = (self.inverse + self.inverse.T) / 2
+        self.w = self.w[:, stay]
+        self.spare = int(place[self.spare]) if self.spare < len(place) else len(stay)
+        self.columns = place[self.columns]
+        self.gone = np.zeros(len(stay), bool)

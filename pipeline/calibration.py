@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,10 +19,13 @@ from .data import Samples, image_input, open_samples, recipe_for
 from .formats import size as bytes_text
 from .probing import Feeds, batch_of
 from .slim_schema import SlimConfig
+from .streams import alive
 
 BATCH = 128
-MEMORY = 3 * 2**30
-"""Bytes that activations may take: where all inputs would take more, fewer are used."""
+CHUNK = 2**27
+"""Bytes of activations that a batch may take; a single input may take more."""
+MEMORY = 2 * 2**30
+"""Bytes that cached activations may take: where all inputs would take more, some join in later layers."""
 STREAMS = 2
 """Networks that are run side by side, the dense and the pruned one."""
 BEYOND = 3.0
@@ -89,9 +91,14 @@ def open_calibration(
         progress=progress,
     )  # fmt: skip
     recipe = recipe_for(model, samples, config.mean, config.std, config.layout)
-    samples = _within_memory(samples, graph, probe, progress)
     fixed = batch_of(graph)
-    batches = [(np.ascontiguousarray(x, dtype), y) for x, y in samples.batches(recipe, fixed or BATCH)]
+    each = max(alive(graph, probe), default=1)
+    batch = fixed or max(1, min(BATCH, CHUNK // each))
+    batches = [(np.ascontiguousarray(x, dtype), y) for x, y in samples.batches(recipe, batch)]
+    progress.note(
+        f"calibration: {len(samples)} samples of {samples.name}, at most "
+        f"{bytes_text(min(STREAMS * each * len(samples), MEMORY))} of activations in memory"
+    )
     if fixed:
         left = len(samples) % fixed
         if len(samples) < fixed:
@@ -108,39 +115,20 @@ def open_calibration(
     return Calibration(chunks, labels, None if samples.images is None else recipe)
 
 
-def activation_bytes(graph: Graph, probe: Probe) -> int:
-    """Bytes for one input of the activations that are alive at once, at the worst node."""
-    last = {name: max(node.index for node, _ in readers) for name, readers in graph.readers.items()}
-    batch = max(1, batch_of(graph))
-
-    def size(name: str) -> int:
-        lines = probe.lines.get(name)
-        return math.prod(probe.shapes.get(name, (0,))) * (lines[0].dtype.itemsize if lines else 4) // batch
-
-    alive = {value.name: size(value.name) for value in graph.inputs}
-    most = sum(alive.values())
-    for node in graph.nodes:
-        alive |= {name: size(name) for name in node.outputs if name in graph.dynamic}
-        most = max(most, sum(alive.values()))
-        alive = {name: b for name, b in alive.items() if last.get(name, -1) > node.index or name in graph.outputs}
-    return most
-
-
-def _within_memory(samples: Samples, graph: Graph, probe: Probe, progress: Progress) -> Samples:
-    """Say what the activations take, and use fewer samples where that is too much."""
-    each = STREAMS * activation_bytes(graph, probe)
-    fits = max(max(1, batch_of(graph)), MEMORY // max(1, each))
-    if fits < len(samples):
+def within(chunks: list[Feeds], graph: Graph, probe: Probe, progress: Progress) -> list[Feeds]:
+    """Return the first chunks whose activations fit into memory in all layers at once, and say when they are fewer."""
+    each = STREAMS * max(alive(graph, probe), default=1)
+    fits, seen = 1, size_of(chunks[0])
+    while fits < len(chunks) and (seen + size_of(chunks[fits])) * each <= MEMORY:
+        seen += size_of(chunks[fits])
+        fits += 1
+    if fits < len(chunks):
+        samples = sum(map(size_of, chunks))
         progress.warn(
-            f"{len(samples)} calibration samples would take {bytes_text(each * len(samples))} of activations; the "
-            f"first {fits} are used."
+            f"{samples} calibration samples would take {bytes_text(each * samples)} of activations; the first {seen} "
+            "are used."
         )
-        samples = samples.first(fits)
-    progress.note(
-        f"calibration: {len(samples)} samples of {samples.name}, at most "
-        f"{bytes_text(each * len(samples))} of activations in memory"
-    )
-    return samples
+    return chunks[:fits]
 
 
 def _check_values(

@@ -7,14 +7,12 @@ is left out.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 
-from prune_onnx.graph_ops.alignment import parts
-from prune_onnx.graph_ops.allocate import Curve, FractionalCost, Steps, allocate, options, uniform
+from prune_onnx.graph_ops.allocate import FractionalCost, Steps, allocate, options, uniform
 from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.cost import CostModel
 from prune_onnx.graph_ops.criteria import LABELS
@@ -26,7 +24,7 @@ from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.plan import Budget, Planner
 from prune_onnx.graph_ops.progress import Progress
 
-from .calibration import Calibration, size_of
+from .calibration import Calibration, size_of, within
 from .compensate import correct_means, match_statistics
 from .latency import LatencySearch, Plans, measured_steps
 from .masking import MaskedLoss
@@ -96,9 +94,9 @@ def prune(
     if criterion == OBS:
         work = Reconstruction(analysis, fit, seed=config.seed, progress=progress)
         found = work.statistics()
-        counts = _planned(config, analysis, found, fraction, latency, search)
+        counts = _planned(config, work, found, fraction, latency, search)
         if compensate != LEAST_SQUARES:
-            work.keep = _kept(analysis, found, counts)
+            work.keep = _kept(work, found, counts)
         else:
             work.run(counts, found.paths)
     else:
@@ -108,7 +106,8 @@ def prune(
             work.run({}, {})
     edits = Edits(operands=dict(work.weights))
     if compensate in CORRECTIONS and not work.keep.all():
-        edits = CORRECTIONS[compensate](analysis, work.keep, fit, progress)
+        some = within(fit, analysis.graph, analysis.probe, progress)
+        edits = CORRECTIONS[compensate](analysis, work.keep, some, progress)
     result = Calibrated(work.keep, edits, criterion)
     if compensate == LEAST_SQUARES:
         _warn_of_few(work, len(data), progress)
@@ -192,71 +191,79 @@ def _warn_of_few(work: Reconstruction, samples: int, progress: Progress) -> None
 
 def _planned(
     config: SlimConfig,
-    analysis: Analysis,
+    work: Reconstruction,
     found: Statistics,
     fraction: float,
     latency: LatencyModel | None,
     search: LatencySearch | None,
 ) -> dict[int, int]:
-    """Kept counts of the groups that have a curve."""
+    """Kept counts of the parts that have a curve."""
+    shares = _Shares(config, work, found, latency)
     if search is None:
-        return _counts(config, analysis, found.curves, fraction, latency)
+        return shares.counts(fraction)
     made: dict[bytes, dict[int, int]] = {}
 
     def keep_of(counts: dict[int, int]) -> np.ndarray:
-        keep = _kept(analysis, found, counts)
+        keep = _kept(work, found, counts)
         made[keep.tobytes()] = counts
         return keep
 
-    keep_of({g: len(analysis.groups[g].units) for g in found.curves})  # what a search without success returns
+    keep_of(shares.sizes)  # what a search without success returns
     plans = Plans(
-        lambda share: keep_of(_counts(config, analysis, found.curves, share, latency)),
-        lambda: keep_of(_smallest(config, analysis, found.curves, latency)),
-        lambda keep: cut(analysis, keep),
+        lambda share: keep_of(shares.counts(share)),
+        lambda: keep_of(shares.smallest()),
+        lambda keep: cut(work.analysis, keep),
     )
     return made[search.find(plans).tobytes()]
 
 
-def _kept(analysis: Analysis, found: Statistics, counts: dict[int, int]) -> np.ndarray:
-    """Units that stay when the groups are cut to ``counts`` along their removal paths."""
-    keep = np.ones(analysis.units, bool)
-    for g, count in counts.items():
-        units = analysis.groups[g].units
-        keep[units[found.paths[g].order[: len(units) - count]]] = False
+def _kept(work: Reconstruction, found: Statistics, counts: dict[int, int]) -> np.ndarray:
+    """Units that stay when the parts are cut to ``counts`` along their removal paths."""
+    keep = np.ones(work.analysis.units, bool)
+    for number, count in counts.items():
+        units = work.parts[number].units
+        keep[units[found.paths[number].order[: len(units) - count]]] = False
     return keep
 
 
-def _limits(
-    config: SlimConfig, analysis: Analysis, curves: dict[int, Curve], latency: LatencyModel | None
-) -> tuple[dict[int, int], dict[int, Steps], dict[int, int]]:
-    """Sizes, steps and least counts of the groups that have a curve."""
-    sizes = {g: len(analysis.groups[g].units) for g in curves}
-    if latency is not None and config.align == "auto":
-        steps: dict[int, Steps] = {g: latency.steps[g] for g in sizes}
-    else:
-        every = parts(analysis)
-        steps = {g: math.lcm(*(part.step(config.align) for part in every[g])) for g in sizes}
-    return sizes, steps, {g: max(1, int(np.ceil(config.min_keep * n))) for g, n in sizes.items()}
+class _Shares:
+    """Shares a budget out over the parts that have a curve.
 
+    Attributes:
+        sizes: units of each part.
+    """
 
-def _counts(
-    config: SlimConfig, analysis: Analysis, curves: dict[int, Curve], fraction: float, latency: LatencyModel | None
-) -> dict[int, int]:
-    kind = _kind(config)
-    model = latency.cost if latency is not None else CostModel(analysis)
-    cost = FractionalCost(analysis, kind, model)
-    sizes, steps, floors = _limits(config, analysis, curves, latency)
-    full = model.full(kind)
-    if config.scope == "layer":
-        return uniform(sizes, cost, fraction * full, steps, floors)
-    return allocate(curves, cost, fraction * full, steps, floors)
+    def __init__(
+        self, config: SlimConfig, work: Reconstruction, found: Statistics, latency: LatencyModel | None
+    ) -> None:
+        self.scope, self.curves = config.scope, found.curves
+        self.sizes = {number: len(work.parts[number].units) for number in found.curves}
+        units = [part.units for part in work.parts]
+        if latency is not None and config.align == "auto":
+            stops = latency.stops(units)
+            self._steps: dict[int, Steps] = {number: stops[number] for number in self.sizes}
+        else:
+            self._steps = {number: work.parts[number].step(config.align) for number in self.sizes}
+        self._floors = {number: max(1, int(np.ceil(config.min_keep * n))) for number, n in self.sizes.items()}
+        kind = _kind(config)
+        model = latency.cost if latency is not None else CostModel(work.analysis)
+        self._cost = FractionalCost(work.analysis, kind, model, units)
+        self._full = model.full(kind)
 
+    def counts(self, fraction: float) -> dict[int, int]:
+        """Counts that cost at most this fraction.
 
-def _smallest(
-    config: SlimConfig, analysis: Analysis, curves: dict[int, Curve], latency: LatencyModel | None
-) -> dict[int, int]:
-    sizes, steps, floors = _limits(config, analysis, curves, latency)
-    return {g: int(options(n, steps[g], floors[g])[-1]) for g, n in sizes.items()}
+        Raises:
+            PlanError: the floors alone cost more.
+        """
+        target = fraction * self._full
+        if self.scope == "layer":
+            return uniform(self.sizes, self._cost, target, self._steps, self._floors)
+        return allocate(self.curves, self._cost, target, self._steps, self._floors)
+
+    def smallest(self) -> dict[int, int]:
+        """The least counts."""
+        return {n: int(options(size, self._steps[n], self._floors[n])[-1]) for n, size in self.sizes.items()}
 
 
 def _guard(result: Calibrated, analysis: Analysis, check: list[Feeds]) -> None:

@@ -20,24 +20,31 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from prune_onnx.graph_ops.alignment import Part, parts
 from prune_onnx.graph_ops.allocate import Curve
 from prune_onnx.graph_ops.analysis import Analysis, Contraction
 from prune_onnx.graph_ops.graph import Node
 from prune_onnx.graph_ops.obs import Gram, Path, Reader, removal_path, solve
-from prune_onnx.graph_ops.patches import Layer, unit_columns
+from prune_onnx.graph_ops.patches import ChannelLayer, Layer, unit_columns
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
+from .calibration import MEMORY, size_of
 from .probing import Feeds
-from .streams import Stream
+from .streams import Stream, alive
 
 RIDGE = 1e-3
+# Ridges that a layer's fit may have, and the part of its positions that decides which.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+DECIDING = 0.1
 RELU_PASSES = 4
 TEMPERATURE = 4.0
 LEVELS = (0.75, 0.5, 0.25, 0.0)
 # Sampled positions of a layer, and numbers that they may hold at most (256 MB in float32).
 ROWS, NUMBERS = 131072, 2**26
-# Wider layers (a Gemm after Flatten) are left as they are: their Gram matrix alone would take gigabytes.
+# Of wider layers (a Gemm after Flatten) the Gram matrix alone would take gigabytes: they are fitted channel by channel.
 WIDEST = 6000
+# Inputs that levels are measured on, at most and at least, and the multiply-accumulates that all of that may take.
+MEASURED, FEWEST, EFFORT = 256, 16, 4e12
 
 
 @dataclass
@@ -47,7 +54,8 @@ class Site:
     Attributes:
         layer: its matrix form.
         contraction: of its input; ``None`` when its input cannot be cut.
-        x, y: input and output tensors.
+        labels: the unit of each input channel of one group, as the matrix form has them.
+        x, y: input tensor, and the tensor that is fitted: the output, of a :class:`ChannelLayer` the input.
         other: the other operand of the addition that its output alone feeds, when that is known before.
         total: that addition's output.
         relu: whether a Relu alone reads ``total`` (or ``y``).
@@ -56,6 +64,7 @@ class Site:
     node: Node
     layer: Layer
     contraction: Contraction | None
+    labels: np.ndarray
     x: str
     y: str
     other: str | None = None
@@ -65,14 +74,20 @@ class Site:
 
 @dataclass
 class Statistics:
-    """What the first pass found."""
+    """What the first pass found, by the number of the part."""
 
     paths: dict[int, Path] = field(default_factory=dict)
     curves: dict[int, Curve] = field(default_factory=dict)
 
 
 class Reconstruction:
-    """One network, its calibration inputs, and what is decided so far."""
+    """One network, its calibration inputs, and what is decided so far.
+
+    Attributes:
+        parts: what is counted together: units of a channel group that occur in the same layers, all of them free.
+        keep: units that stay.
+        weights: refitted operands, by (node index, input index).
+    """
 
     def __init__(
         self,
@@ -95,6 +110,11 @@ class Reconstruction:
         self.analysis, self.graph = analysis, analysis.graph
         self.chunks, self.seed, self.progress = list(chunks), seed, progress
         self.sites = self._find_sites()
+        free = [p for group in parts(analysis) for p in group if not analysis.pinned[p.units].any()]
+        self.parts: list[Part] = [p for p in free if len(p.units)]
+        # How many inputs fit into memory from a node on, in one stream.
+        held = np.maximum.accumulate(np.asarray(alive(self.graph, analysis.probe) or [1])[::-1])[::-1]
+        self._room = MEMORY // np.maximum(held, 1)
         self.keep = np.ones(analysis.units, bool) if keep is None else keep.copy()
         self.weights: dict[tuple[int, int], np.ndarray] = {}
 
@@ -104,7 +124,7 @@ class Reconstruction:
         sites = []
         for node in self.graph.nodes:
             if (
-                node.op_type not in ("Conv", "Gemm", "MatMul")
+                node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul")
                 or node.domain
                 or node.outputs[0] not in self.graph.dynamic
             ):
@@ -119,13 +139,27 @@ class Reconstruction:
                 )
             if node.op_type == "MatMul":
                 plain &= weight is not None and weight.ndim == 2
-            if plain and Layer(node, weight, bias).width <= WIDEST:
-                site = Site(
-                    node, Layer(node, weight, bias), contractions.get(node.index), node.inputs[0], node.outputs[0]
-                )
-                self._follow(site)
+            if plain and (site := self._site(node, weight, bias, contractions.get(node.index))) is not None:
                 sites.append(site)
         return sites
+
+    def _site(
+        self, node: Node, weight: np.ndarray, bias: np.ndarray | None, contraction: Contraction | None
+    ) -> Site | None:
+        layer = Layer(node, weight, bias)
+        every = layer.channels * layer.groups
+        labels = np.full(every, -1) if contraction is None else contraction.labels
+        x, y = node.inputs[0], node.outputs[0]
+        if layer.width <= WIDEST:
+            site = Site(node, layer, contraction, labels[: layer.channels], x, y)
+            self._follow(site)
+            return site
+        runs = np.flatnonzero(np.diff(labels)) + 1
+        repeats = int(np.gcd.reduce(np.append(runs, every))) if contraction is not None else 1
+        if layer.groups > 1 or every // repeats >= WIDEST or (layer.is_conv and repeats > 1):
+            return None
+        layer = ChannelLayer(node, weight, bias, repeats)
+        return Site(node, layer, contraction, labels[::repeats], x, x)
 
     def _follow(self, site: Site) -> None:
         """Find the addition and the Relu that the layer's output goes into."""
@@ -165,58 +199,83 @@ class Reconstruction:
         for stream in streams:
             stream.advance(site.node.index + 1, want)
 
+    def _stream(self, count: int, weights: dict[str, np.ndarray] | None = None) -> Stream:
+        """A stream at the beginning, with as many inputs as fit into memory beside ``count - 1`` others."""
+        return Stream(self.graph, self.analysis.probe, self.chunks[: self._fitting(0, count)], weights)
+
+    def _join(self, index: int, *streams: Stream) -> None:
+        """Take in the inputs that there is room for from a node on."""
+        fitting = self._fitting(index, len(streams))
+        for stream in streams:
+            stream.advance(index)
+            stream.join(self.chunks[len(stream.chunks) : fitting])
+
+    def _fitting(self, index: int, count: int) -> int:
+        """How many chunks fit from a node on, in each of ``count`` streams; one at least."""
+        sizes = np.cumsum([size_of(chunk) for chunk in self.chunks])
+        return max(1, int(np.searchsorted(sizes, self._room[index] // count, side="right")))
+
     # -- first pass --------------------------------------------------------------------------------------------------
-    def statistics(self, measured: int = 256) -> Statistics:
-        """Removal paths of all groups, and what removing costs at the output."""
+    def statistics(self) -> Statistics:
+        """Removal paths of all parts, and what removing costs at the output."""
         readers: dict[int, list[tuple[Site, Reader]]] = {}
         found = Statistics()
-        groups = self._prunable_groups()
-        stream = Stream(self.graph, self.analysis.probe, self.chunks)
+        reading = self._readers()
+        stream = self._stream(1)
         starts: dict[int, Stream] = {}
-        first = {g: min(s.node.index for s in sites) for g, sites in groups.items()}
-        few = max(1, -(-measured // max(1, _batch(self.chunks[0]))))
+        first = {number: min(s.node.index for s in sites) for number, sites in reading.items()}
+        last = {number: max(s.node.index for s in sites) for number, sites in reading.items()}
+        few = self._measured(first)
         logits = self._logits(Stream(self.graph, self.analysis.probe, self.chunks[:few]))
         with self.progress.task("statistics", len(self.sites)) as advance:
             for site in self.sites:
-                stream.advance(site.node.index)
-                for g, index in first.items():
+                self._join(site.node.index, stream)
+                for number, index in first.items():
                     if index == site.node.index:
-                        starts[g] = stream.fork({}, few)
+                        starts[number] = stream.fork({}, few)
                 self._open(site, stream)
-                for g in [g for g, sites in groups.items() if site in sites]:
+                of = [number for number, sites in reading.items() if site in sites]
+                if of:
                     x, t, other = self._sample(site, stream, stream)
                     t = t if other is None else t - other
-                    units = self.analysis.groups[g].units
-                    for q in range(site.layer.groups):
-                        columns = unit_columns(site.contraction, site.layer.kernel, units)
-                        gram = Gram.of(x[q], t[q])
-                        readers.setdefault(g, []).append((site, Reader(gram, site.layer.matrix()[q], columns)))
-                for g in [g for g, sites in groups.items() if max(s.node.index for s in sites) == site.node.index]:
-                    path, curve = self._measure(g, readers.pop(g), starts.pop(g), logits)
-                    found.paths[g], found.curves[g] = path, curve
+                    grams = [Gram.of(x[q], t[q]) for q in range(site.layer.groups)]
+                    weights = site.layer.matrix()
+                for number in of:
+                    columns = unit_columns(site.labels, site.layer.kernel, self.parts[number].units)
+                    pairs = [(site, Reader(gram, w0, columns)) for gram, w0 in zip(grams, weights, strict=True)]
+                    readers.setdefault(number, []).extend(pairs)
+                for number in [number for number in of if last[number] == site.node.index]:
+                    path, curve = self._measure(number, readers.pop(number), starts.pop(number), logits)
+                    found.paths[number], found.curves[number] = path, curve
                 advance(1)
         return found
 
-    def _prunable_groups(self) -> dict[int, list[Site]]:
-        """Groups with free units, and the sites that read them; groups that anything else reads are left alone."""
+    def _measured(self, first: dict[int, int]) -> int:
+        """How many chunks the levels are measured on: what they may take decides, between two bounds."""
+        work = np.zeros(len(self.graph.nodes) + 1)
+        for part in self.analysis.works:
+            work[part.node.index] += part.scale * np.prod([len(v) for v in part.factors], dtype=np.float64)
+        rest = work[::-1].cumsum()[::-1]
+        each = len(LEVELS) * sum(rest[index] for index in first.values())
+        inputs = int(np.clip(EFFORT / max(each, 1.0), FEWEST, MEASURED))
+        return max(1, -(-inputs // size_of(self.chunks[0])))
+
+    def _readers(self) -> dict[int, list[Site]]:
+        """The sites that read each part; parts that anything else reads are left alone."""
         by_contraction = {s.contraction.node.index: s for s in self.sites if s.contraction is not None}
         result: dict[int, list[Site]] = {}
-        for g, group in enumerate(self.analysis.groups):
-            if self.analysis.pinned[group.units].any():
-                continue
-            reading = [c for c in self.analysis.contractions if np.isin(c.labels, group.units).any()]
+        for number, part in enumerate(self.parts):
+            reading = [c for c in self.analysis.contractions if np.isin(c.labels, part.units).any()]
             sites = [by_contraction.get(c.node.index) for c in reading]
-            if sites and all(
-                s is not None and unit_columns(s.contraction, s.layer.kernel, group.units) is not None for s in sites
-            ):
-                result[g] = sites
+            if sites and all(s is not None for s in sites):
+                result[number] = sites
         return result
 
     def _measure(
-        self, g: int, readers: list[tuple[Site, Reader]], start: Stream, logits: np.ndarray
+        self, number: int, readers: list[tuple[Site, Reader]], start: Stream, logits: np.ndarray
     ) -> tuple[Path, Curve]:
-        """The group's path, and the output's divergence at a few levels of it."""
-        units = self.analysis.groups[g].units
+        """The part's path, and the output's divergence at a few levels of it."""
+        units = self.parts[number].units
         path = removal_path([r for _, r in readers], RIDGE, np.ones(len(units), bool))
         kept, damage = [], []
         for level in LEVELS:
@@ -228,7 +287,8 @@ class Reconstruction:
                 matrix = same[0][0].layer.matrix()
                 for q, (_, reader) in enumerate(same):
                     columns = np.ones(reader.gram.a.shape[0], bool)
-                    columns[reader.columns[gone].reshape(-1)] = False
+                    fed = reader.columns[gone]
+                    columns[fed[fed >= 0]] = False
                     matrix[q] = solve(reader.gram, reader.w0, columns, RIDGE)
                 self._put(weights, same[0][0], matrix)
             kept.append(stay)
@@ -249,29 +309,28 @@ class Reconstruction:
 
     # -- second pass -------------------------------------------------------------------------------------------------
     def run(self, counts: dict[int, int], paths: dict[int, Path]) -> None:
-        """Prune every group to its count and refit all layers; ``keep`` and ``weights`` hold the result."""
-        readers = self._prunable_groups()
-        late: dict[int, int] = {}  # site index -> group that is chosen there, on the pruned network's own inputs
-        for g, count in counts.items():
-            units = self.analysis.groups[g].units
+        """Prune every part to its count and refit all layers; ``keep`` and ``weights`` hold the result."""
+        readers = self._readers()
+        late: dict[int, dict[int, int]] = {}  # parts that are chosen at a site, on the pruned network's own inputs
+        for number, count in counts.items():
+            units = self.parts[number].units
             if count >= len(units):
                 continue
-            if len(readers[g]) == 1 and readers[g][0].layer.groups == 1:
-                late[readers[g][0].node.index] = g
+            if len(readers[number]) == 1 and readers[number][0].layer.groups == 1:
+                late.setdefault(readers[number][0].node.index, {})[number] = count
             else:
-                self.keep[units[paths[g].order[: len(units) - count]]] = False
-        dense = Stream(self.graph, self.analysis.probe, self.chunks)
+                self.keep[units[paths[number].order[: len(units) - count]]] = False
+        dense = self._stream(2)
         new: dict[str, np.ndarray] = {}
-        pruned = Stream(self.graph, self.analysis.probe, self.chunks, new)
+        pruned = self._stream(2, new)
         changed = False
         with self.progress.task("reconstruction", len(self.sites)) as advance:
             for site in self.sites:
                 cut_here = site.contraction is not None and not self.keep[site.contraction.labels].all()
                 if changed or cut_here or site.node.index in late:
-                    dense.advance(site.node.index)
-                    pruned.advance(site.node.index)
+                    self._join(site.node.index, dense, pruned)
                     self._open(site, dense)
-                    matrix = self._fit(site, dense, pruned, late.get(site.node.index), counts)
+                    matrix = self._fit(site, dense, pruned, late.get(site.node.index, {}))
                     self._put(new, site, matrix)
                     changed = True
                 advance(1)
@@ -280,32 +339,48 @@ class Reconstruction:
                 if i < len(site.node.inputs) and site.node.inputs[i] in new:
                     self.weights[site.node.index, i] = new[site.node.inputs[i]]
 
-    def _fit(self, site: Site, dense: Stream, pruned: Stream, choose: int | None, counts: dict[int, int]) -> np.ndarray:
-        """Choose the channels that the layer keeps, if that is to be done here, and refit it."""
+    def _fit(self, site: Site, dense: Stream, pruned: Stream, choose: dict[int, int]) -> np.ndarray:
+        """Choose the channels that the layer keeps, if that is to be done here, and refit it.
+
+        Args:
+            site: the layer.
+            dense, pruned: streams; the pruned one stands before the layer.
+            choose: counts of the parts that this layer alone reads.
+        """
         x, dense_total, other = self._sample(site, dense, pruned)
         w0 = site.layer.matrix()
         result = np.zeros_like(w0)
+        deciding = max(1, round(DECIDING * x.shape[1]))
         for q in range(site.layer.groups):
             target = dense_total[q] if other is None else dense_total[q] - other[q]
-            gram = Gram.of(x[q], target)
-            if choose is not None:
-                units = self.analysis.groups[choose].units
-                columns = unit_columns(site.contraction, site.layer.kernel, units)
-                path = removal_path([Reader(gram, w0[q], columns)], RIDGE, np.ones(len(units), bool), counts[choose])
-                self.keep[units[path.order]] = False
+            most = Gram.of(x[q, :-deciding], target[:-deciding])
+            check = Gram.of(x[q, -deciding:], target[-deciding:])
+            gram = most + check
+            for number, count in choose.items():
+                self._choose(site, number, count, gram, w0[q])
             use = self._columns(site, gram.a.shape[0])
-            w = solve(gram, w0[q], use, RIDGE)
+            ridge = min(RIDGES, key=lambda r: check.error(solve(most, w0[q], use, r)))
+            w = solve(gram, w0[q], use, ridge)
             if site.relu:
-                w = self._after_relu(gram, w0[q], use, x[q], dense_total[q], None if other is None else other[q], w)
+                rest = None if other is None else other[q]
+                w = self._after_relu(gram, w0[q], use, x[q], dense_total[q], rest, w, ridge)
             result[q] = w
         return result
+
+    def _choose(self, site: Site, number: int, count: int, gram: Gram, w0: np.ndarray) -> None:
+        """Choose ``count`` units of a part by what the layer loses, given what is gone already."""
+        units = self.parts[number].units
+        use = np.flatnonzero(self._columns(site, gram.a.shape[0]))
+        place = np.full(len(gram.a) + 1, -1)  # the last stays -1, for columns that are not there
+        place[use] = np.arange(len(use))
+        reader = Reader(gram.on(use), w0[:, use], place[unit_columns(site.labels, site.layer.kernel, units)])
+        path = removal_path([reader], RIDGE, np.ones(len(units), bool), count)
+        self.keep[units[path.order]] = False
 
     def _columns(self, site: Site, size: int) -> np.ndarray:
         use = np.ones(size, bool)
         if site.contraction is not None:
-            labels = site.contraction.labels
-            inside = labels[: len(labels) // site.contraction.groups]
-            use[:-1] = np.repeat(self.keep[inside], site.layer.kernel)
+            use[:-1] = np.repeat(self.keep[site.labels], site.layer.kernel)
         return use
 
     @staticmethod
@@ -317,6 +392,7 @@ class Reconstruction:
         dense: np.ndarray,
         other: np.ndarray | None,
         w: np.ndarray,
+        ridge: float,
     ) -> np.ndarray:
         """Fit what comes out of the Relu: where the dense sum is negative, anything negative will do.
 
@@ -332,12 +408,8 @@ class Reconstruction:
             b = np.zeros_like(gram.b)
             for i in range(0, len(x), 16384):
                 b += z[i : i + 16384].T @ x[i : i + 16384]
-            w = solve(Gram(gram.a, b / len(x), gram.t, gram.count), w0, use, RIDGE)
+            w = solve(Gram(gram.a, b / len(x), gram.t, gram.count), w0, use, ridge)
         return w
-
-
-def _batch(chunk: Feeds) -> int:
-    return len(next(iter(chunk.values())))
 
 
 def divergence(dense: np.ndarray, other: np.ndarray) -> float:

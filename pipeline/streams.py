@@ -2,11 +2,13 @@
 
 Layer-by-layer reconstruction needs every layer's input from the network as it is so far. A stream keeps, for each chunk
 of the inputs, the tensors that later nodes still read, and moves on from there: one forward pass in all, however many
-layers are changed.
+layers are changed. Maps are large in the first layers and small in the last ones, so that not all inputs need be there
+from the beginning: more of them join when there is room, by way of the layers as they are by then.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +19,7 @@ from prune_onnx.graph_ops.graph import Graph, Node, raw_bytes
 from prune_onnx.graph_ops.model_io import copy_fields
 from prune_onnx.graph_ops.probe import Probe
 
-from .probing import Feeds
+from .probing import Feeds, batch_of
 from .sessions import create_session
 
 Chunk = dict[str, np.ndarray]
@@ -66,6 +68,13 @@ class Stream:
         for chunk in self.chunks:
             for name in [n for n in chunk if self._last_use.get(n, -1) < until and n not in needed]:
                 del chunk[name]
+
+    def join(self, chunks: Sequence[Feeds]) -> None:
+        """Take further inputs in: they pass the nodes before :attr:`position` with the weights of now."""
+        if chunks:
+            more = Stream(self.graph, self.probe, chunks, self.weights)
+            more.advance(self.position, list(self.chunks[0]))
+            self.chunks += more.chunks
 
     def rest(self) -> Callable[[Mapping[str, np.ndarray]], Iterator[list[np.ndarray]]]:
         """Open one session for all nodes that are left.
@@ -119,6 +128,24 @@ class Stream:
                 model.graph.input.append(helper.make_tensor_value_info(name, kind, [None] * array.ndim))
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetch)
         return model
+
+
+def alive(graph: Graph, probe: Probe) -> list[int]:
+    """Return for every node the bytes of one input's activations that are held at once while it runs."""
+    last = {name: max(node.index for node, _ in readers) for name, readers in graph.readers.items()}
+    batch = max(1, batch_of(graph))
+
+    def size(name: str) -> int:
+        lines = probe.lines.get(name)
+        return math.prod(probe.shapes.get(name, (0,))) * (lines[0].dtype.itemsize if lines else 4) // batch
+
+    held = {value.name: size(value.name) for value in graph.inputs}
+    result = []
+    for node in graph.nodes:
+        held |= {name: size(name) for name in node.outputs if name in graph.dynamic}
+        result.append(sum(held.values()))
+        held = {name: b for name, b in held.items() if last.get(name, -1) > node.index or name in graph.outputs}
+    return result
 
 
 def inline(tensor: onnx.TensorProto) -> onnx.TensorProto:

@@ -95,11 +95,12 @@ def nnrelief(evidence: Evidence) -> Scores:
 def _layer(analysis: Analysis, contraction: Contraction) -> Layer | None:
     """The contraction as a matrix; ``None`` for what is none: products of activations, quantised or stacked weights."""
     node = contraction.node
-    if contraction.weight is None or node.domain or node.op_type not in ("Conv", "Gemm", "MatMul"):
+    if contraction.weight is None or node.domain or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
         return None
     weight = analysis.value(node.inputs[contraction.weight[0]])
     plain = weight is not None and weight.dtype.kind in "fV" and contraction.weight[0] == 1
-    plain = plain and not node.attribute("transA", 0) and (node.op_type == "Conv" or weight.ndim == 2)
+    plain = plain and not node.attribute("transA", 0)
+    plain = plain and (node.op_type in ("Conv", "ConvTranspose") or weight.ndim == 2)
     bias = analysis.value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
     return Layer(node, weight, bias) if plain else None
 

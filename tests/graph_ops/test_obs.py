@@ -103,3 +103,66 @@ def test_only_allowed_units_go():
     gram, w0, columns = problem(2)
     allowed = np.asarray([True, False, True, False, True])
     assert set(removal_path([Reader(gram, w0, columns)], RIDGE, allowed).order.tolist()) == {0, 2, 4}
+
+
+def test_units_that_feed_fewer_columns_are_compared_with_the_others():
+    gram, w0, columns = problem(4)
+    columns = columns.copy()
+    columns[1, 2] = columns[3, 1] = columns[3, 2] = -1  # those columns belong to nobody and stay
+    path = removal_path([Reader(gram, w0, columns)], RIDGE, np.ones(5, bool))
+    gone: list[int] = []
+    for step, unit in enumerate(path.order.tolist()):
+        use = np.ones(w0.shape[1], bool)
+        before = objective(gram, w0, solve(gram, w0, use_without(columns, gone, use), RIDGE))
+        costs = {
+            c: objective(gram, w0, solve(gram, w0, use_without(columns, [*gone, c], use), RIDGE))
+            for c in set(range(5)) - set(gone)
+        }
+        assert unit == min(costs, key=costs.get)
+        assert (path.error[step + 1] - path.error[step]) * gram.t == pytest.approx(costs[unit] - before, rel=1e-6)
+        gone.append(unit)
+
+
+def use_without(columns: np.ndarray, gone: list[int], use: np.ndarray) -> np.ndarray:
+    left = use.copy()
+    fed = columns[gone]
+    left[fed[fed >= 0]] = False
+    return left
+
+
+def test_a_unit_that_a_reader_does_not_see_costs_nothing_there():
+    gram, w0, columns = problem(5)
+    unseen = columns.copy()
+    unseen[2] = -1
+    path = removal_path([Reader(gram, w0, unseen)], RIDGE, np.ones(5, bool))
+    assert path.order[0] == 2
+    assert path.error[1] == path.error[0]
+
+
+def test_paths_of_many_units_take_several_at_a_time_and_end_at_the_same_error():
+    rng = np.random.default_rng(0)
+    units = 160
+    mixed = rng.standard_normal((2000, units)) @ rng.standard_normal((units, units))
+    x = np.concatenate([mixed, np.ones((2000, 1))], 1)
+    w = rng.standard_normal((6, units + 1))
+    gram = Gram.of(x, x @ w.T)
+    columns = np.arange(units).reshape(-1, 1)
+    path = removal_path([Reader(gram, w, columns)], RIDGE, np.ones(units, bool), stop=100)
+    assert len(path.order) == 60
+    assert len(set(path.order.tolist())) == 60
+    assert (np.diff(path.error) >= 0).all()
+    use = without(columns, path.order.tolist(), units + 1)
+    end = objective(gram, w, solve(gram, w, use, RIDGE))
+    start = objective(gram, w, solve(gram, w, np.ones(units + 1, bool), RIDGE))
+    assert (path.error[-1] - path.error[0]) * gram.t == pytest.approx(end - start, rel=1e-6)
+
+
+def test_moments_of_two_sets_add_up():
+    rng = np.random.default_rng(1)
+    x, t = rng.standard_normal((90, 4)), rng.standard_normal((90, 2))
+    both, parts = Gram.of(x, t), Gram.of(x[:30], t[:30]) + Gram.of(x[30:], t[30:])
+    np.testing.assert_allclose(parts.a, both.a)
+    np.testing.assert_allclose(parts.b, both.b)
+    assert (parts.t, parts.count) == (pytest.approx(both.t), 90)
+    some = np.asarray([0, 3])
+    np.testing.assert_array_equal(both.on(some).a, both.a[np.ix_(some, some)])

@@ -16,10 +16,11 @@ from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.graph_ops.preprocessing import Preprocessing
 from prune_onnx.graph_ops.progress import Progress
 from prune_onnx.pipeline import calibration
-from prune_onnx.pipeline.calibration import activation_bytes, open_calibration
+from prune_onnx.pipeline.calibration import open_calibration, within
 from prune_onnx.pipeline.probing import probe
 from prune_onnx.pipeline.slim import slim
 from prune_onnx.pipeline.slim_schema import SlimConfig
+from prune_onnx.pipeline.streams import alive
 
 from ..graph_ops.builder import Net
 from .test_posttraining import images, residual_net
@@ -138,23 +139,27 @@ def test_input_within_the_recipes_range_is_taken_as_it_is(tmp_path) -> None:
 
 def test_the_memory_is_said_before_and_kept_to(tmp_path, monkeypatch) -> None:
     model = residual_net()
+    graph = Graph(model)
+    probed = probe(graph)[0]
     _, heard = opened(tmp_path, model, images(32))
     assert any("32 samples" in note and "activations in memory" in note for note in heard.notes)
-    each = calibration.STREAMS * activation_bytes(Graph(model), probe(Graph(model))[0])
-    monkeypatch.setattr(calibration, "MEMORY", 10 * each)
-    found, heard = opened(tmp_path, model, images(32))
-    assert len(found) == 10
-    assert "the first 10 are used" in heard.warnings[0]
+    each = max(alive(graph, probed))
+    monkeypatch.setattr(calibration, "CHUNK", 4 * each)
+    monkeypatch.setattr(calibration, "MEMORY", 10 * calibration.STREAMS * each)
+    found, _ = opened(tmp_path, model, images(32))
+    assert [calibration.size_of(chunk) for chunk in found.chunks] == [4] * 8
+    heard = Heard()
+    assert len(within(found.chunks, graph, probed, heard)) == 2
+    assert "the first 8 are used" in heard.warnings[0]
 
 
-def test_activation_bytes_are_those_alive_at_the_worst_node() -> None:
+def test_activation_bytes_are_those_alive_at_every_node() -> None:
     """Behind the second layer: the first's output is still wanted by the sum, the second's has just been made."""
     net = Net()
     a = net.conv(net.input("n", 2, 4, 4), 8, 1)
     b = net.conv(a, 8, 1)
-    model = net.model(net.head(net.op("Add", a, b)))
-    graph = Graph(model)
-    assert activation_bytes(graph, probe(graph)[0]) == 4 * 16 * (8 + 8 + 8)
+    graph = Graph(net.model(net.head(net.op("Add", a, b))))
+    assert alive(graph, probe(graph)[0])[:3] == [4 * 16 * (2 + 8), 4 * 16 * (8 + 8), 4 * 16 * (8 + 8 + 8)]
 
 
 def test_few_samples_are_warned_of_and_the_ridge_takes_over(tmp_path) -> None:

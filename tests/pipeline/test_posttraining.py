@@ -99,7 +99,7 @@ def test_refitting_on_inputs_that_did_not_change_returns_the_trained_weights(set
     dense, same = (Stream(graph, analysis.probe, chunks) for _ in range(2))
     same.advance(site.node.index)
     work._open(site, dense)
-    fitted = work._fit(site, dense, same, None, {})
+    fitted = work._fit(site, dense, same, {})
     np.testing.assert_allclose(fitted, site.layer.matrix(), atol=1e-4)
 
 
@@ -109,10 +109,10 @@ def test_compensation_brings_the_output_back(setting, fraction):
     work = Reconstruction(analysis, chunks)
     found = work.statistics()
     assert len(found.paths) >= 3
-    counts = {g: max(1, int(fraction * len(analysis.groups[g].units))) for g in found.paths}
+    counts = {g: max(1, int(fraction * len(work.parts[g].units))) for g in found.paths}
     work.run(counts, found.paths)
     for g, count in counts.items():
-        assert work.keep[analysis.groups[g].units].sum() == count
+        assert work.keep[work.parts[g].units].sum() == count
     fresh = [{"x": images(64, seed=9)}]
     dense = _outputs(graph.model, fresh)
     plain = divergence(dense, _outputs(masked_reference(analysis, work.keep), fresh))
