@@ -9,7 +9,7 @@ group depends on its neighbours' counts (MACs are products), so the groups are v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,10 @@ class Curve:
     error: np.ndarray
     kept: np.ndarray
     damage: np.ndarray
+
+    def times(self, factor: float) -> Curve:
+        """The same with ``factor`` times the damage."""
+        return replace(self, damage=self.damage * factor)
 
     def at(self, counts: np.ndarray) -> np.ndarray:
         """Damage at kept counts."""

@@ -165,6 +165,12 @@ class LatencySearch:
         self.model = LatencyModel(analysis, known, self.batch, self._full_ms / 1e3)
         return self.model
 
+    def predicted(self) -> float:
+        """Return the latency that is asked for, as a fraction of the analysed model's."""
+        name, value = self.config.budget
+        assert value is not None
+        return min(1.0, (value * self._original_ms if name == "keep_latency" else value) / self._full_ms)
+
     def find(self, plans: Plans) -> np.ndarray:
         """Return the units that stay.
 

@@ -7,12 +7,11 @@ is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx
 
-from prune_onnx.graph_ops.allocate import FractionalCost, Steps, allocate, options, uniform
+from prune_onnx.graph_ops.allocate import Curve, FractionalCost, Steps, allocate, options, uniform
 from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.cost import CostModel
 from prune_onnx.graph_ops.criteria import LABELS
@@ -26,11 +25,11 @@ from prune_onnx.graph_ops.progress import Progress
 
 from .calibration import Calibration, size_of, within
 from .compensate import correct_means, match_statistics
+from .divergence import divergence, outputs
 from .latency import LatencySearch, Plans, measured_steps
 from .masking import MaskedLoss
 from .probing import Feeds, batch_of
-from .reconstruct import Reconstruction, Statistics, divergence
-from .runner import Runner
+from .reconstruct import Reconstruction, Statistics
 from .slim_schema import SlimConfig
 from .taps import Taps
 
@@ -40,6 +39,10 @@ CORRECTIONS = {"bias": correct_means, "bn": match_statistics}
 BEYOND = 0.8
 """How much smaller than the budget a keep-set is made by a criterion that removes: alignment moves the counts."""
 HELD_OUT = 0.1
+TRIED = 256
+"""Inputs that trial networks are fitted to."""
+PRICES = (1.0, 3.0, 10.0)
+"""Factors on the damage of parts that several layers read."""
 
 
 @dataclass
@@ -94,6 +97,8 @@ def prune(
     if criterion == OBS:
         work = Reconstruction(analysis, fit, seed=config.seed, progress=progress)
         found = work.statistics()
+        share = fraction if search is None else search.predicted()
+        _settle(config, work, found, share, latency, check)
         counts = _planned(config, work, found, fraction, latency, search)
         if compensate != LEAST_SQUARES:
             work.keep = _kept(work, found, counts)
@@ -217,6 +222,38 @@ def _planned(
     return made[search.find(plans).tobytes()]
 
 
+def _settle(
+    config: SlimConfig,
+    work: Reconstruction,
+    found: Statistics,
+    share: float,
+    latency: LatencyModel | None,
+    check: list[Feeds],
+) -> None:
+    """Settle how dear the parts are that several layers read, by trial networks.
+
+    The curves are of single parts of the dense network. Losses in many parts are more than their sum, and most so where
+    a stream of sums loses channels: its readers' losses compound. Networks pruned with several prices for them, fitted
+    to a few inputs, tell on inputs that they have not seen.
+    """
+    shared = work.shared() & found.curves.keys()
+    if not shared or config.scope == "layer":
+        return
+    few = work.some(TRIED)
+    unseen = [*work.chunks[len(few) :][: 2 * len(few)], *check]
+    dense = outputs(work.graph.model, unseen)
+    trials: dict[tuple[int, ...], tuple[float, dict[int, Curve]]] = {}
+    for price in PRICES:
+        curves = {n: curve.times(price) if n in shared else curve for n, curve in found.curves.items()}
+        counts = _Shares(config, work, replace(found, curves=curves), latency).counts(share)
+        if tuple(counts.values()) not in trials:
+            trial = Reconstruction(work.analysis, few, seed=config.seed, progress=work.progress)
+            trial.run(counts, found.paths)
+            reference = masked_reference(work.analysis, trial.keep, Edits(operands=trial.weights))
+            trials[tuple(counts.values())] = divergence(dense, outputs(reference, unseen)), curves
+    found.curves = min(trials.values(), key=lambda t: t[0])[1]
+
+
 def _kept(work: Reconstruction, found: Statistics, counts: dict[int, int]) -> np.ndarray:
     """Units that stay when the parts are cut to ``counts`` along their removal paths."""
     keep = np.ones(work.analysis.units, bool)
@@ -268,18 +305,12 @@ class _Shares:
 
 def _guard(result: Calibrated, analysis: Analysis, check: list[Feeds]) -> None:
     """Leave the compensation out when held-out outputs are closer to the dense network's without it."""
-    dense = _outputs(analysis.graph.model, check)
-    without = divergence(dense, _outputs(masked_reference(analysis, result.keep), check))
-    compensated = divergence(dense, _outputs(masked_reference(analysis, result.keep, result.edits), check))
+    dense = outputs(analysis.graph.model, check)
+    without = divergence(dense, outputs(masked_reference(analysis, result.keep), check))
+    compensated = divergence(dense, outputs(masked_reference(analysis, result.keep, result.edits), check))
     result.notes.append(
         f"output divergence on held-out inputs: {without:.4g} without compensation, {compensated:.4g} with it"
     )
     if compensated > without:
         result.edits = Edits()
         result.notes.append("compensation did not help there and was left out")
-
-
-def _outputs(model: onnx.ModelProto, chunks: list[Feeds]) -> np.ndarray:
-    runner = Runner(model)
-    runs = [runner.run(None, chunk) for chunk in chunks]
-    return np.concatenate([np.concatenate([o.reshape(len(o), -1) for o in run], 1) for run in runs]).astype(np.float64)

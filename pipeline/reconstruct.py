@@ -29,6 +29,7 @@ from prune_onnx.graph_ops.patches import ChannelLayer, Layer, unit_columns
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
 from .calibration import MEMORY, size_of
+from .divergence import Outputs, divergence, joined
 from .probing import Feeds
 from .streams import Stream, alive
 
@@ -37,7 +38,6 @@ RIDGE = 1e-3
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 DECIDING = 0.1
 RELU_PASSES = 4
-TEMPERATURE = 4.0
 LEVELS = (0.75, 0.5, 0.25, 0.0)
 # Sampled positions of a layer, and numbers that they may hold at most (256 MB in float32).
 ROWS, NUMBERS = 131072, 2**26
@@ -199,6 +199,15 @@ class Reconstruction:
         for stream in streams:
             stream.advance(site.node.index + 1, want)
 
+    def some(self, count: int) -> list[Feeds]:
+        """The first chunks, of ``count`` inputs or a few more."""
+        sizes = np.cumsum([size_of(chunk) for chunk in self.chunks])
+        return self.chunks[: int(np.searchsorted(sizes, count)) + 1]
+
+    def shared(self) -> set[int]:
+        """Parts that several layers read."""
+        return {number for number, sites in self._readers().items() if len(sites) > 1}
+
     def _stream(self, count: int, weights: dict[str, np.ndarray] | None = None) -> Stream:
         """A stream at the beginning, with as many inputs as fit into memory beside ``count - 1`` others."""
         return Stream(self.graph, self.analysis.probe, self.chunks[: self._fitting(0, count)], weights)
@@ -226,7 +235,7 @@ class Reconstruction:
         first = {number: min(s.node.index for s in sites) for number, sites in reading.items()}
         last = {number: max(s.node.index for s in sites) for number, sites in reading.items()}
         few = self._measured(first)
-        logits = self._logits(Stream(self.graph, self.analysis.probe, self.chunks[:few]))
+        dense = self._outputs(Stream(self.graph, self.analysis.probe, self.chunks[:few]))
         with self.progress.task("statistics", len(self.sites)) as advance:
             for site in self.sites:
                 self._join(site.node.index, stream)
@@ -245,20 +254,20 @@ class Reconstruction:
                     pairs = [(site, Reader(gram, w0, columns)) for gram, w0 in zip(grams, weights, strict=True)]
                     readers.setdefault(number, []).extend(pairs)
                 for number in [number for number in of if last[number] == site.node.index]:
-                    path, curve = self._measure(number, readers.pop(number), starts.pop(number), logits)
+                    path, curve = self._measure(number, readers.pop(number), starts.pop(number), dense)
                     found.paths[number], found.curves[number] = path, curve
                 advance(1)
         return found
 
     def _measured(self, first: dict[int, int]) -> int:
-        """How many chunks the levels are measured on: what they may take decides, between two bounds."""
+        """How many chunks the levels are measured on: what that may take decides, between two bounds."""
         work = np.zeros(len(self.graph.nodes) + 1)
         for part in self.analysis.works:
             work[part.node.index] += part.scale * np.prod([len(v) for v in part.factors], dtype=np.float64)
         rest = work[::-1].cumsum()[::-1]
         each = len(LEVELS) * sum(rest[index] for index in first.values())
         inputs = int(np.clip(EFFORT / max(each, 1.0), FEWEST, MEASURED))
-        return max(1, -(-inputs // size_of(self.chunks[0])))
+        return min(max(1, -(-inputs // size_of(self.chunks[0]))), self._fitting(0, 1))
 
     def _readers(self) -> dict[int, list[Site]]:
         """The sites that read each part; parts that anything else reads are left alone."""
@@ -272,7 +281,7 @@ class Reconstruction:
         return result
 
     def _measure(
-        self, number: int, readers: list[tuple[Site, Reader]], start: Stream, logits: np.ndarray
+        self, number: int, readers: list[tuple[Site, Reader]], start: Stream, dense: Outputs
     ) -> tuple[Path, Curve]:
         """The part's path, and the output's divergence at a few levels of it."""
         units = self.parts[number].units
@@ -292,14 +301,12 @@ class Reconstruction:
                     matrix[q] = solve(reader.gram, reader.w0, columns, RIDGE)
                 self._put(weights, same[0][0], matrix)
             kept.append(stay)
-            damage.append(divergence(logits, self._logits(start.fork(weights))))
+            damage.append(divergence(dense, self._outputs(start.fork(weights))))
         return path, Curve(len(units), path.error, np.asarray(kept), np.asarray(damage))
 
-    def _logits(self, stream: Stream) -> np.ndarray:
+    def _outputs(self, stream: Stream) -> Outputs:
         stream.advance(len(self.graph.nodes))
-        return np.concatenate(
-            [np.concatenate([c[o].reshape(len(c[o]), -1) for o in self.graph.outputs], 1) for c in stream.chunks]
-        ).astype(np.float64)
+        return joined([[chunk[name] for name in self.graph.outputs] for chunk in stream.chunks])
 
     def _put(self, weights: dict[str, np.ndarray], site: Site, matrix: np.ndarray) -> None:
         w, b = site.layer.tensors(matrix)
@@ -410,17 +417,3 @@ class Reconstruction:
                 b += z[i : i + 16384].T @ x[i : i + 16384]
             w = solve(Gram(gram.a, b / len(x), gram.t, gram.count), w0, use, ridge)
         return w
-
-
-def divergence(dense: np.ndarray, other: np.ndarray) -> float:
-    """How far outputs (N, K) are from the dense network's: Kullback-Leibler at a temperature, averaged.
-
-    At temperature 1 a network is certain of the inputs that it was trained on, and damage would hardly show.
-    """
-    p, q = (_log_softmax(z / TEMPERATURE) for z in (dense, other))
-    return float((np.exp(p) * (p - q)).sum(1).mean()) * TEMPERATURE**2
-
-
-def _log_softmax(z: np.ndarray) -> np.ndarray:
-    z = z - z.max(1, keepdims=True)
-    return z - np.log(np.exp(z).sum(1, keepdims=True))

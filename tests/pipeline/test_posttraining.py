@@ -13,9 +13,10 @@ from prune_onnx.graph_ops.analysis import analyse
 from prune_onnx.graph_ops.exact import Edits
 from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.graph_ops.masked import masked_reference
-from prune_onnx.pipeline.posttraining import _outputs, held_out
+from prune_onnx.pipeline.divergence import divergence, outputs
+from prune_onnx.pipeline.posttraining import held_out
 from prune_onnx.pipeline.probing import probe
-from prune_onnx.pipeline.reconstruct import Reconstruction, divergence
+from prune_onnx.pipeline.reconstruct import Reconstruction
 from prune_onnx.pipeline.runner import Runner
 from prune_onnx.pipeline.slim import slim
 from prune_onnx.pipeline.slim_schema import SlimConfig
@@ -114,9 +115,9 @@ def test_compensation_brings_the_output_back(setting, fraction):
     for g, count in counts.items():
         assert work.keep[work.parts[g].units].sum() == count
     fresh = [{"x": images(64, seed=9)}]
-    dense = _outputs(graph.model, fresh)
-    plain = divergence(dense, _outputs(masked_reference(analysis, work.keep), fresh))
-    fitted = divergence(dense, _outputs(masked_reference(analysis, work.keep, Edits(operands=work.weights)), fresh))
+    dense = outputs(graph.model, fresh)
+    plain = divergence(dense, outputs(masked_reference(analysis, work.keep), fresh))
+    fitted = divergence(dense, outputs(masked_reference(analysis, work.keep, Edits(operands=work.weights)), fresh))
     assert fitted < 0.5 * plain
 
 
@@ -171,7 +172,7 @@ def test_calibration_beats_the_same_budget_without_it(tmp_path):
     onnx.save(model, tmp_path / "in.onnx")
     slim(SlimConfig(input=tmp_path / "in.onnx", output=tmp_path / "plain.onnx", keep_macs=0.5, align=1))
     fresh = [{"x": images(64, seed=5)}]
-    dense, plain, fitted = (_outputs(onnx.load(tmp_path / f"{n}.onnx"), fresh) for n in ("in", "plain", "out"))
+    dense, plain, fitted = (outputs(onnx.load(tmp_path / f"{n}.onnx"), fresh) for n in ("in", "plain", "out"))
     assert divergence(dense, fitted) < 0.5 * divergence(dense, plain)
 
 
@@ -201,8 +202,8 @@ def test_shared_and_missing_constants_are_refitted_layer_by_layer(tmp_path):
     model = twins()
     calibrated(tmp_path, model, keep_macs=None, keep_channels=0.5, scope="layer")
     fresh = [{"x": images(64, seed=5)}]
-    dense, small = (_outputs(onnx.load(tmp_path / f"{n}.onnx"), fresh) for n in ("in", "out"))
-    assert np.abs(dense - small).max() < 0.02 * np.abs(dense).max()
+    dense, small = (outputs(onnx.load(tmp_path / f"{n}.onnx"), fresh) for n in ("in", "out"))
+    assert np.abs(dense[0] - small[0]).max() < 0.02 * np.abs(dense[0]).max()
 
 
 def test_report_counts_against_the_original_graph(tmp_path):
@@ -227,8 +228,22 @@ def test_options_that_do_not_fit_are_refused(tmp_path, options, message):
 
 def test_divergence_of_equal_outputs_is_zero():
     z = np.random.default_rng(0).standard_normal((5, 4))
-    assert divergence(z, z) == 0
-    assert divergence(z, z[:, ::-1]) > 0
+    for some in ([z], [z[:, :, None]], [z, z[:, 0]]):
+        assert divergence(some, some) == 0
+        assert divergence(some, [x[::-1] for x in some]) > 0
+
+
+def test_divergence_of_probabilities_is_that_of_their_logits():
+    a, b = np.random.default_rng(0).standard_normal((2, 6, 4))
+    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (a, b))
+    assert divergence([p], [q]) == pytest.approx(divergence([a], [b]))
+
+
+def test_divergence_of_maps_is_their_relative_error():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 3, 2, 4, 4))
+    assert divergence([a], [b]) == pytest.approx(np.square(a - b).mean() / a.var())
+    assert divergence([10 * a + 3], [10 * b + 3]) == pytest.approx(divergence([a], [b]))
 
 
 @pytest.mark.parametrize(("sizes", "whole"), [([64], False), ([128] * 4, False), ([4] * 10, True), ([128, 3], False)])
