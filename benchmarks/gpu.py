@@ -20,7 +20,8 @@ from typing import Any
 from prune_onnx.graph_ops.errors import PruneOnnxError
 from prune_onnx.graph_ops.files import write_text
 from prune_onnx.graph_ops.preprocessing import Preprocessing
-from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult
+from prune_onnx.pipeline.eval_results import EvalResult
+from prune_onnx.pipeline.eval_schema import EvalConfig
 from prune_onnx.pipeline.evaluate import evaluate
 from prune_onnx.pipeline.slim import slim
 from prune_onnx.pipeline.slim_schema import SlimConfig

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from prune_onnx.graph_ops.progress import Progress
-from prune_onnx.pipeline.eval_schema import PROVIDERS_OF, EvalConfig, EvalResult
+from prune_onnx.pipeline.eval_results import EvalResult
+from prune_onnx.pipeline.eval_schema import PROVIDERS_OF, EvalConfig
 from prune_onnx.pipeline.gates import GATES
 
 from .command import StageCommand

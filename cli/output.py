@@ -24,7 +24,7 @@ from prune_onnx.pipeline.formats import counted, growth, in_unit, milliseconds, 
 from prune_onnx.pipeline.results import StageResult
 
 if TYPE_CHECKING:
-    from prune_onnx.pipeline.eval_schema import EvalResult, GateResult, Timing
+    from prune_onnx.pipeline.eval_results import EvalResult, GateResult, Timing
     from prune_onnx.pipeline.run import RunResult
     from prune_onnx.pipeline.slim_schema import Group, SlimResult
     from prune_onnx.pipeline.train import TrainResult

@@ -21,7 +21,7 @@ import numpy as np
 
 from prune_onnx.graph_ops.errors import DataError
 
-from .eval_schema import Accuracy, AccuracyChange, Agreement
+from .eval_results import Accuracy, AccuracyChange, Agreement
 from .sessions import input_specs, run_session
 
 if TYPE_CHECKING:

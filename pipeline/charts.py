@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .eval_schema import Candidate, EvalResult, Timing
+from .eval_results import Candidate, EvalResult, Timing
 from .formats import milliseconds, percent, plain
 from .pareto import quality_of_result
 

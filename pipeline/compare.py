@@ -19,17 +19,8 @@ from pydantic import ValidationError
 
 from prune_onnx.graph_ops.errors import ConfigError, DataError
 
-from .eval_schema import (
-    Accuracy,
-    AccuracyChange,
-    EvalConfig,
-    EvalResult,
-    Latency,
-    MetricChange,
-    Speedup,
-    Stored,
-    Timing,
-)
+from .eval_results import Accuracy, AccuracyChange, EvalResult, Latency, MetricChange, Speedup, Stored, Timing
+from .eval_schema import EvalConfig
 from .execution import Execution
 from .results import SCHEMA_VERSION
 

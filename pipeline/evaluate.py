@@ -25,10 +25,9 @@ from . import bench, compare
 from .bench import Interval, Series
 from .count import Counted, count
 from .environment import capture, device_facts
-from .eval_schema import (
+from .eval_results import (
     Candidate,
     Copies,
-    EvalConfig,
     EvalResult,
     Latency,
     Measured,
@@ -38,7 +37,8 @@ from .eval_schema import (
     Timing,
     TimingSamples,
 )
-from .eval_schema import Execution as ExecutionFacts
+from .eval_results import Execution as ExecutionFacts
+from .eval_schema import EvalConfig
 from .execution import (
     Execution,
     check_recordable,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .count import Counted
-from .eval_schema import Layer
+from .eval_results import Layer
 
 # Operators with channels of their own, and where their weight stands.
 WEIGHTED = {

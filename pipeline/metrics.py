@@ -25,7 +25,7 @@ import numpy as np
 from prune_onnx.graph_ops.errors import DataError
 from prune_onnx.graph_ops.plugins import current_folder_first, find_function, said
 
-from .eval_schema import MetricChange
+from .eval_results import MetricChange
 
 Outputs = list[np.ndarray]
 Function = Callable[[Outputs, np.ndarray | None], float]

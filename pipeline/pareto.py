@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .eval_schema import Agreement, EvalResult, Measured
+from .eval_results import Agreement, EvalResult, Measured
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .eval_schema import NodeTime
+from .eval_results import NodeTime
 from .sessions import run_session
 
 if TYPE_CHECKING:

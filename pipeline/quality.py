@@ -10,7 +10,8 @@ from prune_onnx.graph_ops.progress import Progress
 
 from . import compare
 from .accuracy import Kept, Tally
-from .eval_schema import Accuracy, AccuracyChange, Agreement, EvalConfig, EvalResult, MetricChange
+from .eval_results import Accuracy, AccuracyChange, Agreement, EvalResult, MetricChange
+from .eval_schema import EvalConfig
 from .inputs import DataInputs, RandomInputs
 from .metrics import Metric
 

@@ -22,15 +22,15 @@ import numpy as np
 
 from prune_onnx.graph_ops.alignment import Part, parts
 from prune_onnx.graph_ops.allocate import Curve
-from prune_onnx.graph_ops.analysis import Analysis, Contraction
-from prune_onnx.graph_ops.graph import Node
+from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.obs import Gram, Path, Reader, removal_path, solve
-from prune_onnx.graph_ops.patches import ChannelLayer, Layer, unit_columns
+from prune_onnx.graph_ops.patches import unit_columns
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
 from .calibration import MEMORY, size_of
 from .divergence import Outputs, divergence, joined
 from .probing import Feeds
+from .sites import Site, find_sites
 from .streams import Stream, alive
 
 RIDGE = 1e-3
@@ -41,35 +41,8 @@ RELU_PASSES = 4
 LEVELS = (0.75, 0.5, 0.25, 0.0)
 # Sampled positions of a layer, and numbers that they may hold at most (256 MB in float32).
 ROWS, NUMBERS = 131072, 2**26
-# Of wider layers (a Gemm after Flatten) the Gram matrix alone would take gigabytes: they are fitted channel by channel.
-WIDEST = 6000
 # Inputs that levels are measured on, at most and at least, and the multiply-accumulates that all of that may take.
 MEASURED, FEWEST, EFFORT = 256, 16, 4e12
-
-
-@dataclass
-class Site:
-    """A layer that can be refitted, and how its output goes on.
-
-    Attributes:
-        layer: its matrix form.
-        contraction: of its input; ``None`` when its input cannot be cut.
-        labels: the unit of each input channel of one group, as the matrix form has them.
-        x, y: input tensor, and the tensor that is fitted: the output, of a :class:`ChannelLayer` the input.
-        other: the other operand of the addition that its output alone feeds, when that is known before.
-        total: that addition's output.
-        relu: whether a Relu alone reads ``total`` (or ``y``).
-    """
-
-    node: Node
-    layer: Layer
-    contraction: Contraction | None
-    labels: np.ndarray
-    x: str
-    y: str
-    other: str | None = None
-    total: str | None = None
-    relu: bool = False
 
 
 @dataclass
@@ -109,7 +82,7 @@ class Reconstruction:
         """
         self.analysis, self.graph = analysis, analysis.graph
         self.chunks, self.seed, self.progress = list(chunks), seed, progress
-        self.sites = self._find_sites()
+        self.sites = find_sites(analysis)
         free = [p for group in parts(analysis) for p in group if not analysis.pinned[p.units].any()]
         self.parts: list[Part] = [p for p in free if len(p.units)]
         # How many inputs fit into memory from a node on, in one stream.
@@ -117,63 +90,6 @@ class Reconstruction:
         self._room = MEMORY // np.maximum(held, 1)
         self.keep = np.ones(analysis.units, bool) if keep is None else keep.copy()
         self.weights: dict[tuple[int, int], np.ndarray] = {}
-
-    # -- structure ---------------------------------------------------------------------------------------------------
-    def _find_sites(self) -> list[Site]:
-        contractions = {c.node.index: c for c in self.analysis.contractions}
-        sites = []
-        for node in self.graph.nodes:
-            if (
-                node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-                or node.domain
-                or node.outputs[0] not in self.graph.dynamic
-            ):
-                continue
-            weight = self.analysis.value(node.inputs[1])
-            bias = self.analysis.value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
-            plain = weight is not None and weight.dtype.kind == "f" and node.inputs[0] in self.graph.dynamic
-            plain &= len(node.inputs) < 3 or not node.inputs[2] or bias is not None
-            if node.op_type == "Gemm":
-                plain &= not node.attribute("transA", 0) and node.attribute("alpha", 1.0) == 1.0 == node.attribute(
-                    "beta", 1.0
-                )
-            if node.op_type == "MatMul":
-                plain &= weight is not None and weight.ndim == 2
-            if plain and (site := self._site(node, weight, bias, contractions.get(node.index))) is not None:
-                sites.append(site)
-        return sites
-
-    def _site(
-        self, node: Node, weight: np.ndarray, bias: np.ndarray | None, contraction: Contraction | None
-    ) -> Site | None:
-        layer = Layer(node, weight, bias)
-        every = layer.channels * layer.groups
-        labels = np.full(every, -1) if contraction is None else contraction.labels
-        x, y = node.inputs[0], node.outputs[0]
-        if layer.width <= WIDEST:
-            site = Site(node, layer, contraction, labels[: layer.channels], x, y)
-            self._follow(site)
-            return site
-        runs = np.flatnonzero(np.diff(labels)) + 1
-        repeats = int(np.gcd.reduce(np.append(runs, every))) if contraction is not None else 1
-        if layer.groups > 1 or every // repeats >= WIDEST or (layer.is_conv and repeats > 1):
-            return None
-        layer = ChannelLayer(node, weight, bias, repeats)
-        return Site(node, layer, contraction, labels[::repeats], x, x)
-
-    def _follow(self, site: Site) -> None:
-        """Find the addition and the Relu that the layer's output goes into."""
-        readers = self.graph.readers.get(site.y, [])
-        end = site.y
-        if len(readers) == 1 and readers[0][0].op_type == "Add" and site.y not in self.graph.outputs:
-            add = readers[0][0]
-            other = add.inputs[1 - readers[0][1]]
-            maker = self.graph.producer.get(other)
-            known = other in self.graph.dynamic and (maker is None or maker.index < site.node.index)
-            if known and self.analysis.probe.shapes[other] == self.analysis.probe.shapes[site.y]:
-                site.other, site.total, end = other, add.outputs[0], add.outputs[0]
-        after = self.graph.readers.get(end, [])
-        site.relu = len(after) == 1 and after[0][0].op_type == "Relu" and end not in self.graph.outputs
 
     # -- sampling ----------------------------------------------------------------------------------------------------
     def _sample(self, site: Site, dense: Stream, pruned: Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -12,7 +12,7 @@ from prune_onnx.graph_ops.files import write_text
 
 from . import formats
 from .charts import latency_charts, rounds_chart, trade_off, training_charts
-from .eval_schema import EvalResult, Layer
+from .eval_results import EvalResult, Layer
 from .formats import milliseconds
 from .rows import CONTENDER_CELLS, change_rows, contenders, spent
 from .slim_schema import Group, SlimResult

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .eval_schema import EvalResult, Measured, NodeTime
+from .eval_results import EvalResult, Measured, NodeTime
 from .formats import faster, growth, milliseconds, number, p_value, percent, plain, points, ratio, size
 from .pareto import quality_of_result
 

@@ -24,7 +24,8 @@ from prune_onnx.trainers.distributed import processes
 
 from .config import keys, parse
 from .environment import capture
-from .eval_schema import EXIT_CODES, EvalConfig, EvalResult
+from .eval_results import EXIT_CODES, EvalResult
+from .eval_schema import EvalConfig
 from .gates import Verdict
 from .results import Model, StageResult
 from .slim_schema import Group, Removed, SlimConfig, SlimResult, Verification

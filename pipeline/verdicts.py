@@ -9,7 +9,8 @@ from prune_onnx.graph_ops.errors import DataError
 
 from . import compare
 from .bench import Interval
-from .eval_schema import Candidate, EvalConfig, EvalResult, GateResult, Measured, PeakMemory, Speedup
+from .eval_results import Candidate, EvalResult, GateResult, Measured, PeakMemory, Speedup
+from .eval_schema import EvalConfig
 from .gates import GATES, Gate
 from .quality import Quality
 

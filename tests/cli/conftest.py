@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from prune_onnx.cli.main import program
 from prune_onnx.pipeline.environment import capture
-from prune_onnx.pipeline.eval_schema import EvalResult
+from prune_onnx.pipeline.eval_results import EvalResult
 from prune_onnx.pipeline.slim_schema import Cost, Group, Removed, SlimResult, Verification
 
 

@@ -16,7 +16,8 @@ from click.testing import Result
 from prune_onnx.graph_ops.importance import CRITERIA
 from prune_onnx.graph_ops.progress import Progress
 from prune_onnx.pipeline import evaluate, run, slim, train
-from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult, GateResult, NodeTime, Profile, Stored
+from prune_onnx.pipeline.eval_results import EvalResult, GateResult, NodeTime, Profile, Stored
+from prune_onnx.pipeline.eval_schema import EvalConfig
 from prune_onnx.pipeline.run import RunConfig, RunResult, StageOutcome
 from prune_onnx.pipeline.slim_schema import SlimConfig, SlimResult
 from prune_onnx.pipeline.train import TrainResult

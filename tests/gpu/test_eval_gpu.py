@@ -13,7 +13,8 @@ import pytest
 from onnx import parser
 
 from prune_onnx.graph_ops.errors import ConfigError, ProviderError
-from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult
+from prune_onnx.pipeline.eval_results import EvalResult
+from prune_onnx.pipeline.eval_schema import EvalConfig
 from prune_onnx.pipeline.evaluate import evaluate
 from prune_onnx.pipeline.execution import Execution, copy_times
 from prune_onnx.pipeline.gpu import device_memory, gpu_facts, library_versions

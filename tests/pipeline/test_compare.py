@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from prune_onnx.graph_ops.errors import ConfigError, DataError
 from prune_onnx.pipeline import compare
-from prune_onnx.pipeline.eval_schema import Accuracy, EvalConfig, EvalResult, Latency
+from prune_onnx.pipeline.eval_results import Accuracy, EvalResult, Latency
+from prune_onnx.pipeline.eval_schema import EvalConfig
 from prune_onnx.pipeline.evaluate import evaluate
 
 QUICK = {"min_time": 0.002, "min_runs": 4, "warmup": 1, "threads": 1}

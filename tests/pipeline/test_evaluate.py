@@ -22,7 +22,8 @@ from prune_onnx.graph_ops.preprocessing import Preprocessing
 from prune_onnx.graph_ops.progress import Progress
 from prune_onnx.pipeline import bench, environment, evaluate, execution, memory
 from prune_onnx.pipeline.bench import Series
-from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult
+from prune_onnx.pipeline.eval_results import EvalResult
+from prune_onnx.pipeline.eval_schema import EvalConfig
 from prune_onnx.pipeline.evaluate import evaluate as run_evaluate
 from prune_onnx.pipeline.execution import Execution
 from prune_onnx.pipeline.sessions import create_session

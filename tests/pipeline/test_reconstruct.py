@@ -10,7 +10,7 @@ from prune_onnx.graph_ops.analysis import analyse
 from prune_onnx.graph_ops.exact import Edits
 from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.graph_ops.masked import masked_reference
-from prune_onnx.pipeline import reconstruct
+from prune_onnx.pipeline import reconstruct, sites
 from prune_onnx.pipeline.divergence import divergence, outputs
 from prune_onnx.pipeline.probing import Feeds, probe
 from prune_onnx.pipeline.reconstruct import Reconstruction
@@ -85,7 +85,7 @@ def test_every_part_is_pruned_and_made_up_for(make):
 
 def test_layers_that_are_too_wide_are_fitted_channel_by_channel(monkeypatch):
     exact = pruned(flattened(), 0.5)
-    monkeypatch.setattr(reconstruct, "WIDEST", 30)
+    monkeypatch.setattr(sites, "WIDEST", 30)
     work, plain, fitted = pruned(flattened(), 0.5)
     kinds = {type(site.layer).__name__ for site in work.sites}
     assert kinds == {"Layer", "ChannelLayer"}

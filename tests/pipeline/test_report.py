@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from prune_onnx.graph_ops.errors import OutputError
 from prune_onnx.pipeline import formats
 from prune_onnx.pipeline.charts import latency_charts, rounds_chart, trade_off, training_charts
-from prune_onnx.pipeline.eval_schema import (
+from prune_onnx.pipeline.eval_results import (
     Accuracy,
     AccuracyChange,
     Agreement,

@@ -20,7 +20,8 @@ from prune_onnx.graph_ops.errors import ConfigError, DataError, ModelError, Outp
 from prune_onnx.graph_ops.progress import SILENT, Progress
 from prune_onnx.pipeline import evaluate, slim, train
 from prune_onnx.pipeline.config import load_toml, parse
-from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult
+from prune_onnx.pipeline.eval_results import EvalResult
+from prune_onnx.pipeline.eval_schema import EvalConfig
 from prune_onnx.pipeline.run import RunConfig, RunResult, in_one, run
 from prune_onnx.pipeline.slim_schema import Cost, Group, Removed, SlimConfig, SlimResult, Verification
 from prune_onnx.pipeline.train import TrainResult

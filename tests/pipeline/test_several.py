@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from prune_onnx.graph_ops.errors import DataError, ModelError
 from prune_onnx.pipeline.count import count
-from prune_onnx.pipeline.eval_schema import EvalConfig, EvalResult
+from prune_onnx.pipeline.eval_results import EvalResult
+from prune_onnx.pipeline.eval_schema import EvalConfig
 from prune_onnx.pipeline.evaluate import evaluate
 from prune_onnx.pipeline.layers import layers
 from prune_onnx.pipeline.pareto import front
