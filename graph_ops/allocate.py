@@ -8,7 +8,7 @@ group depends on its neighbours' counts (MACs are products), so the groups are v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,9 @@ from .cost import CostModel, Curves
 from .errors import PlanError
 
 Steps = int | Sequence[int]
+
+# Steps in opposite directions are tried in nets of so many groups at most.
+SWAPPED = 100
 
 
 @dataclass
@@ -51,6 +54,27 @@ class Curve:
         above = counts > self.kept[0]
         y = np.where(above, known_y[0] + (x - known_x[0]), y)
         return np.where(counts >= self.units, 0.0, np.exp(y))
+
+
+@dataclass
+class Ranking:
+    """A group's damage as the sum of the scores that it loses.
+
+    Attributes:
+        scores: of the units, most important first, not negative.
+    """
+
+    scores: np.ndarray
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return len(self.scores)
+
+    def at(self, counts: np.ndarray) -> np.ndarray:
+        """Damage at kept counts."""
+        lost = np.append(np.cumsum(self.scores[::-1])[::-1], 0.0)
+        return lost[counts]
 
 
 class FractionalCost:
@@ -107,11 +131,12 @@ class FractionalCost:
 
 
 def allocate(
-    curves: dict[int, Curve],
+    curves: Mapping[int, Curve | Ranking],
     cost: FractionalCost,
     target: float,
     steps: dict[int, Steps],
     floors: dict[int, int],
+    use: float = 0.0,
 ) -> dict[int, int]:
     """Return kept counts per group that meet ``target``.
 
@@ -121,6 +146,7 @@ def allocate(
         target: the cost may be at most this.
         steps: counts are multiples of this, or among these.
         floors: least count of a group.
+        use: part of the target that is to be used even where that does more damage than using less.
 
     Raises:
         PlanError: the floors alone cost more.
@@ -162,8 +188,10 @@ def allocate(
             low = middle
         if low > 0 and high / low < 1.0005:
             break
-    index = choose(high)
-    return {g: int(allowed[g][i]) for g, i in _fill(index, allowed, damage, price_of, target).items()}
+    index = _fill(choose(high), allowed, damage, price_of, target)
+    if len(index) <= SWAPPED:
+        index = _swap(index, allowed, damage, price_of, target, use)
+    return {g: int(allowed[g][i]) for g, i in index.items()}
 
 
 def uniform(
@@ -210,7 +238,7 @@ def _fill(
     index: dict[int, int],
     allowed: dict[int, np.ndarray],
     damage: dict[int, np.ndarray],
-    price_of: object,
+    price_of: Callable[[dict[int, int]], float],
     target: float,
 ) -> dict[int, int]:
     """Give back what still fits, the largest gain per cost first."""
@@ -230,3 +258,33 @@ def _fill(
             return index
         index = {**index, best[0]: index[best[0]] - 1}
         now = best[1]
+
+
+def _swap(
+    index: dict[int, int],
+    allowed: dict[int, np.ndarray],
+    damage: dict[int, np.ndarray],
+    price_of: Callable[[dict[int, int]], float],
+    target: float,
+    use: float,
+) -> dict[int, int]:
+    """Where no step fits any more: one group a step up, another one a step down, as long as that is better.
+
+    Less damage is better; while less than the part ``use`` of the target is used, more use is.
+    """
+    now, least = price_of(index), use * target
+    while True:
+        best: tuple[float, float, dict[int, int]] | None = None
+        for up in (g for g, i in index.items() if i > 0):
+            for down in (g for g, i in index.items() if g != up and i + 1 < len(allowed[g])):
+                harm = damage[up][index[up] - 1] - damage[up][index[up]]
+                harm += damage[down][index[down] + 1] - damage[down][index[down]]
+                if harm < 0 or now < least:
+                    tried = {**index, up: index[up] - 1, down: index[down] + 1}
+                    cost = price_of(tried)
+                    better = cost > now if now < least else cost >= least
+                    if cost <= target and better and (best is None or harm < best[0]):
+                        best = harm, cost, tried
+        if best is None:
+            return index
+        _, now, index = best

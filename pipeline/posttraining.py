@@ -1,12 +1,13 @@
 """Pruning with calibration inputs: no labels, no gradients, and the accuracy kept as far as that goes.
 
 The budget is shared out by what each group costs at the output, the channels are chosen by what their readers lose, and
-the readers are refitted (:mod:`.reconstruct`). A tenth of the inputs is held out; compensation that does not help there
-is left out.
+the readers are refitted (:mod:`.reconstruct`). A twentieth of the inputs is held out; compensation that does not help
+there is left out.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,11 +17,12 @@ from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.cost import CostModel
 from prune_onnx.graph_ops.criteria import LABELS
 from prune_onnx.graph_ops.cut import cut
+from prune_onnx.graph_ops.errors import PlanError
 from prune_onnx.graph_ops.exact import Edits
 from prune_onnx.graph_ops.importance import CRITERIA, importance
 from prune_onnx.graph_ops.latency_model import LatencyModel
 from prune_onnx.graph_ops.masked import masked_reference
-from prune_onnx.graph_ops.plan import Budget, Planner
+from prune_onnx.graph_ops.plan import USED, Budget, Planner
 from prune_onnx.graph_ops.progress import Progress
 
 from .calibration import Calibration, size_of, within
@@ -38,11 +40,11 @@ LEAST_SQUARES = "least-squares"
 CORRECTIONS = {"bias": correct_means, "bn": match_statistics}
 BEYOND = 0.8
 """How much smaller than the budget a keep-set is made by a criterion that removes: alignment moves the counts."""
-HELD_OUT = 0.1
-TRIED = 256
-"""Inputs that trial networks are fitted to."""
-PRICES = (1.0, 3.0, 10.0)
-"""Factors on the damage of parts that several layers read."""
+HELD_OUT = 0.05
+TRIED, FEWEST, EFFORT = 256, 64, 1e12
+"""Inputs that trial networks are fitted to, at most and at least, and the multiply-accumulates that this may take."""
+PRICES = (3.0, 1.0, 10.0)
+"""Factors on the damage of parts that several layers read; the first one where trials would take too long."""
 
 
 @dataclass
@@ -97,8 +99,10 @@ def prune(
     if criterion == OBS:
         work = Reconstruction(analysis, fit, seed=config.seed, progress=progress)
         found = work.statistics()
-        share = fraction if search is None else search.predicted()
-        _settle(config, work, found, share, latency, check)
+        if compensate == LEAST_SQUARES:
+            share = fraction if search is None else search.predicted()
+            with suppress(PlanError):  # what cannot be reached is said when it is planned
+                _settle(config, work, found, share, latency, check)
         counts = _planned(config, work, found, fraction, latency, search)
         if compensate != LEAST_SQUARES:
             work.keep = _kept(work, found, counts)
@@ -122,7 +126,7 @@ def prune(
 
 
 def held_out(chunks: list[Feeds], *, whole: bool) -> tuple[list[Feeds], list[Feeds]]:
-    """Split inputs into those that are fitted and the last tenth, which is held out.
+    """Split inputs into those that are fitted and the last twentieth, which is held out.
 
     Args:
         chunks: batches.
@@ -239,12 +243,19 @@ def _settle(
     shared = work.shared() & found.curves.keys()
     if not shared or config.scope == "layer":
         return
-    few = work.some(TRIED)
+
+    def priced(price: float) -> dict[int, Curve]:
+        return {n: curve.times(price) if n in shared else curve for n, curve in found.curves.items()}
+
+    inputs = int(EFFORT / (2 * len(PRICES) * max(CostModel(work.analysis).total_macs, 1)))
+    if inputs < FEWEST:
+        found.curves = priced(PRICES[0])
+        return
+    few = work.some(min(inputs, TRIED))
     unseen = [*work.chunks[len(few) :][: 2 * len(few)], *check]
     dense = outputs(work.graph.model, unseen)
     trials: dict[tuple[int, ...], tuple[float, dict[int, Curve]]] = {}
-    for price in PRICES:
-        curves = {n: curve.times(price) if n in shared else curve for n, curve in found.curves.items()}
+    for curves in map(priced, PRICES):
         counts = _Shares(config, work, replace(found, curves=curves), latency).counts(share)
         if tuple(counts.values()) not in trials:
             trial = Reconstruction(work.analysis, few, seed=config.seed, progress=work.progress)
@@ -286,6 +297,7 @@ class _Shares:
         model = latency.cost if latency is not None else CostModel(work.analysis)
         self._cost = FractionalCost(work.analysis, kind, model, units)
         self._full = model.full(kind)
+        self._use = USED if kind == "latency" else 0.0
 
     def counts(self, fraction: float) -> dict[int, int]:
         """Counts that cost at most this fraction.
@@ -296,7 +308,7 @@ class _Shares:
         target = fraction * self._full
         if self.scope == "layer":
             return uniform(self.sizes, self._cost, target, self._steps, self._floors)
-        return allocate(self.curves, self._cost, target, self._steps, self._floors)
+        return allocate(self.curves, self._cost, target, self._steps, self._floors, self._use)
 
     def smallest(self) -> dict[int, int]:
         """The least counts."""

@@ -7,7 +7,7 @@ Works on a graph whose BatchNorms are folded. Two passes over a few hundred unla
    pruning single groups and looking at the logits. An allocator shares the budget out.
 2. *Reconstruction*: from the first layer to the last, two streams run side by side, the dense network and the pruned
    one. Each layer is fitted to the dense output on the inputs that the pruned network really gives it; where it ends a
-   residual branch, the target is what the sum still lacks. Outputs that a Relu follows are fitted after the Relu.
+   residual branch, the target is what the sum still lacks. Outputs that a Relu or Clip follows are fitted after it.
 
 Source: the reconstruction of He et al. 2017 ("Channel pruning for accelerating very deep neural networks") and ThiNet,
 with the structured OBS of :mod:`prune_onnx.graph_ops.obs` in place of their selection.
@@ -284,9 +284,9 @@ class Reconstruction:
             use = self._columns(site, gram.a.shape[0])
             ridge = min(RIDGES, key=lambda r: check.error(solve(most, w0[q], use, r)))
             w = solve(gram, w0[q], use, ridge)
-            if site.relu:
+            if site.bounds is not None:
                 rest = None if other is None else other[q]
-                w = self._after_relu(gram, w0[q], use, x[q], dense_total[q], rest, w, ridge)
+                w = self._within(site.bounds, gram, w0[q], use, x[q], dense_total[q], rest, w, ridge)
             result[q] = w
         return result
 
@@ -307,7 +307,8 @@ class Reconstruction:
         return use
 
     @staticmethod
-    def _after_relu(
+    def _within(
+        bounds: tuple[float, float],
         gram: Gram,
         w0: np.ndarray,
         use: np.ndarray,
@@ -319,13 +320,17 @@ class Reconstruction:
     ) -> np.ndarray:
         """Fit what comes out of the Relu: where the dense sum is negative, anything negative will do.
 
-        Majorise-minimise: with the prediction p, the target becomes d where d > 0 and min(p, 0) elsewhere.
+        Majorise-minimise: with the prediction p, the target becomes d where it is within the bounds, and beyond a bound
+        p, as far as that is beyond it too.
         """
+        low, high = bounds
         for _ in range(RELU_PASSES):
             p = x @ w.T.astype(x.dtype)
             if other is not None:
                 p += other
-            z = np.where(dense > 0, dense, np.minimum(p, 0))
+            z = np.where(dense > low, dense, np.minimum(p, low))
+            if high < np.inf:
+                z = np.where(dense < high, z, np.maximum(p, high))
             if other is not None:
                 z -= other
             b = np.zeros_like(gram.b)

@@ -25,7 +25,7 @@ class Site:
         x, y: input tensor, and the tensor that is fitted: the output, of a :class:`ChannelLayer` the input.
         other: the other operand of the addition that its output alone feeds, when that is known before.
         total: that addition's output.
-        relu: whether a Relu alone reads ``total`` (or ``y``).
+        bounds: of the Relu or Clip that alone reads ``total`` (or ``y``): values outside are all the same to it.
     """
 
     node: Node
@@ -36,7 +36,7 @@ class Site:
     y: str
     other: str | None = None
     total: str | None = None
-    relu: bool = False
+    bounds: tuple[float, float] | None = None
 
 
 def find_sites(analysis: Analysis) -> list[Site]:
@@ -86,7 +86,7 @@ def _site(
 
 
 def _follow(analysis: Analysis, site: Site) -> None:
-    """Find the addition and the Relu that the layer's output goes into."""
+    """Find the addition and the Relu or Clip that the layer's output goes into."""
     graph = analysis.graph
     readers = graph.readers.get(site.y, [])
     end = site.y
@@ -98,4 +98,21 @@ def _follow(analysis: Analysis, site: Site) -> None:
         if known and analysis.probe.shapes[other] == analysis.probe.shapes[site.y]:
             site.other, site.total, end = other, add.outputs[0], add.outputs[0]
     after = graph.readers.get(end, [])
-    site.relu = len(after) == 1 and after[0][0].op_type == "Relu" and end not in graph.outputs
+    if len(after) == 1 and after[0][1] == 0 and end not in graph.outputs:
+        site.bounds = _bounds(analysis, after[0][0])
+
+
+def _bounds(analysis: Analysis, node: Node) -> tuple[float, float] | None:
+    """Between which values a node passes its input on, where that is all it does."""
+    if node.domain or node.op_type not in ("Relu", "Clip"):
+        return None
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    found = [node.attribute("min", -np.inf), node.attribute("max", np.inf)]
+    for i, name in enumerate(node.inputs[1:3]):
+        if name:
+            value = analysis.value(name)
+            if value is None:
+                return None
+            found[i] = value.item()
+    return float(found[0]), float(found[1])

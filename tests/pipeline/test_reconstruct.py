@@ -92,6 +92,22 @@ def test_layers_that_are_too_wide_are_fitted_channel_by_channel(monkeypatch):
     assert exact[2] < fitted < 0.7 * plain
 
 
+@pytest.mark.parametrize("bounds", [(0.0, np.inf), (0.0, 0.6), (-0.5, 0.5)], ids=str)
+def test_what_is_cut_off_need_not_be_fitted(monkeypatch, bounds):
+    """After the Relu or Clip the fit that knows of it is closer than the one that does not."""
+    net = Net()
+    x = net.relu(net.conv(net.input("n", 3, 8, 8), 12, pads=[1, 1, 1, 1]))
+    y = net.conv(x, 8, pads=[1, 1, 1, 1])
+    limits = [net.const(np.asarray(b, np.float32)) for b in bounds if np.isfinite(b)]
+    model = net.model(net.relu(y) if len(limits) < 2 else net.op("Clip", y, *limits))
+    errors = {}
+    for passes in (0, 4):
+        monkeypatch.setattr(reconstruct, "RELU_PASSES", passes)
+        work, _, errors[passes] = pruned(model, 0.5)
+        assert work.sites[1].bounds == pytest.approx(bounds)
+    assert errors[4] < errors[0]
+
+
 def test_parts_of_a_padded_stream_are_cut_by_themselves():
     graph = Graph(padded_stream())
     work = Reconstruction(analyse(graph, probe(graph)[0]), batches())
