@@ -48,6 +48,9 @@ TEMPERATURE = 4.0
 WARMUP = 0.05
 """Part of a distillation over which the rate rises."""
 
+ADAM_L2_RATE = 1e-3
+"""Of Adam as it is usually taken: the size of a step, whatever the tensor."""
+
 ADAM_RATE = 3e-3
 """Part of a tensor's size that a step of Adam may change at first."""
 
@@ -84,10 +87,11 @@ class TrainConfig(BaseModel):
         epochs: passes over the training set; 160 for VGG, ResNet and DenseNet with fresh weights, with ``teacher`` as
             many as show 100,000 images, else 20.
         batch_size: images a step.
-        optimizer: ``sgd``, or ``adam`` with steps relative to the size of each tensor; adam for trained weights
-            (``init``, ONNX files), else sgd.
-        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without or for trained weights; of Adam 0.003, or
-            0.006 with ``teacher``.
+        optimizer: ``sgd``, ``adam`` with steps relative to the size of each tensor and decoupled weight decay, or
+            ``adam-l2``, whose decay is part of the gradient, as in the papers; adam for trained weights (``init``, ONNX
+            files), else sgd.
+        lr: initial learning rate; of SGD 0.1 with BatchNorm, 0.01 without or for trained weights; of adam 0.003, or
+            0.006 with ``teacher``; of adam-l2 0.001.
         momentum: of SGD.
         nesterov: Nesterov's form of the momentum.
         weight_decay: on all parameters, BatchNorm's included, as in the papers.
@@ -159,7 +163,7 @@ class TrainConfig(BaseModel):
     train_size: Annotated[int, Field(ge=2)] | None = None
     epochs: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64
-    optimizer: Literal["sgd", "adam"] | None = None
+    optimizer: Literal["sgd", "adam", "adam-l2"] | None = None
     lr: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
@@ -363,13 +367,17 @@ def resolve(
     tuned = config.starts_trained
     optimizer = config.optimizer or ("adam" if tuned else "sgd")
     epochs = config.epochs or _usual_epochs(config, images)
-    adam = DISTILLING_RATE if config.teacher else ADAM_RATE
+    rates = {
+        "sgd": 0.1 if batch_norms(model) and not tuned else 0.01,
+        "adam": DISTILLING_RATE if config.teacher else ADAM_RATE,
+        "adam-l2": ADAM_L2_RATE,
+    }
     found: dict[str, Any] = {
         "epochs": epochs,
         "warmup_epochs": WARMUP * epochs if config.teacher else 0.0,
         "optimizer": optimizer,
         "schedule": "cosine" if tuned else "step",
-        "lr": adam if optimizer == "adam" else 0.1 if batch_norms(model) and not tuned else 0.01,
+        "lr": rates[optimizer],
         "validation": usual_validation(config),
         "temperature": TEMPERATURE if config.teacher else None,
         "augment": augment,

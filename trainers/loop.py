@@ -319,8 +319,10 @@ SMALLEST = 0.01
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Return SGD or Adam; without ``norm_decay``, BatchNorm's parameters are in groups that do not decay.
 
-    Adam's steps are relative to the size of a tensor (the root of its mean square when training begins), so that one
-    rate does for weights of all sizes, as they are after BatchNorm was folded into them.
+    The steps of ``adam`` are relative to the size of a tensor (the root of its mean square when training begins), so
+    that one rate does for weights of all sizes, as they are after BatchNorm was folded into them. ``adam-l2`` is Adam
+    as it was published, with the decay in the gradient: where the loss asks for little, the decay takes steps of full
+    size towards zero, which NNrelief's shares of weights left rest on.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
     spared = set() if config.norm_decay else norms
@@ -331,8 +333,11 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
         sized = [{**group, "params": [p], "size": _size(p)} for group in groups for p in group["params"]]
         return torch.optim.AdamW(sized, lr=config.lr)
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adam-l2":
+        return torch.optim.Adam(groups, lr=config.lr, fused=True)
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov and config.momentum > 0,

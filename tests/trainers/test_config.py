@@ -18,6 +18,7 @@ from torch import nn
 
 from prune_onnx.graph_ops.errors import ConfigError
 from prune_onnx.trainers.config import (
+    ADAM_L2_RATE,
     ADAM_RATE,
     DISTILLING_RATE,
     INCIDENTAL,
@@ -129,6 +130,10 @@ def test_defaults_of_an_onnx_file_go_on_where_its_training_ended() -> None:
     assert (fresh.optimizer, fresh.schedule, fresh.epochs, fresh.lr) == ("sgd", "step", 20, 0.1)
     assert of_file(optimizer="sgd").lr == 0.01
     assert tuned.validation == 0.1
+
+
+def test_adam_as_published_has_its_own_rate() -> None:
+    assert resolved(optimizer="adam-l2").lr == of_file(optimizer="adam-l2").lr == ADAM_L2_RATE
 
 
 def test_a_teacher_needs_no_validation_images_and_shows_a_fixed_number() -> None:

@@ -91,6 +91,42 @@ def test_early_stop_without_validation_images_is_an_error(tmp_path: Path) -> Non
         fit(network(), Scripted(), config, images(), None, run=tmp_path)
 
 
+# Optimisers
+
+
+def test_decay_of_adam_as_published_takes_full_steps_where_the_loss_asks_for_nothing(tmp_path: Path) -> None:
+    options = {"lr": 1e-3, "weight_decay": 1e-4, "epochs": 1, "schedule": "constant", "warmup_epochs": 0.0}
+    moved = {}
+    for optimizer in ("adam", "adam-l2"):
+        model = network()
+        idle = nn.Parameter(torch.tensor([1.0, -2.0]))
+        model.register_parameter("idle", idle)
+        before = idle.detach().clone()
+        model.register_forward_hook(lambda module, _, output: output + 0 * module.idle.sum())
+        plainly(tmp_path / optimizer, None, model, optimizer=optimizer, **options)
+        moved[optimizer] = (before - idle.detach()) * before.sign()
+    assert torch.allclose(moved["adam-l2"], torch.full((2,), 6e-3), rtol=1e-2)  # 6 steps, whatever the size
+    assert (moved["adam"] < 1e-5).all()
+
+
+def test_adam_as_published_resumes_to_the_same_end(tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(step: int) -> None:
+        if step == 8:
+            raise KilledError
+
+    whole = network()
+    options = {"optimizer": "adam-l2", "lr": 1e-3, "epochs": 2}
+    history = plainly(tmp_path / "a", None, whole, **options)
+    with pytest.raises(KilledError):
+        plainly(tmp_path / "b", Scripted(action=kill), **options)
+    again = network(seed=1)
+    assert timeless(plainly(tmp_path / "b", None, again, resume=True, **options)) == timeless(history)
+    assert same_weights(whole, again)
+
+
 # Faster code
 
 

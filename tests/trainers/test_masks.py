@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from prune_onnx.trainers.masks import Masks, lowest, prunable, weight_facts
+from prune_onnx.trainers.masks import Masks, bit_mask, lowest, prunable, weight_facts, zero_where_dead
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
@@ -67,6 +67,21 @@ def test_without_clearing_the_past_weights_stay_zero_too(name: str) -> None:
     for _ in range(5):
         step(model, optimizer, masks)
         assert (model.weight[dead] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("units", [False, True])
+def test_whatever_is_masked_becomes_a_plain_zero_and_the_rest_keeps_its_bits(kind: torch.dtype, units: bool) -> None:
+    values = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(0)).to(kind)
+    values[:2, 0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, -1.0]).to(kind)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = values.clone(memory_format=layout)
+        alive = torch.arange(6).view(6, 1, 1, 1) % 2 == 1
+        alive = alive if units else alive.expand(values.shape).clone(memory_format=layout)
+        zero_where_dead(found, bit_mask(alive, found))
+        assert torch.equal(found[::2].abs(), torch.zeros_like(found[::2]))
+        assert not torch.signbit(found[::2]).any()
+        assert torch.equal(found[1::2].nan_to_num(7), values[1::2].nan_to_num(7))
 
 
 def test_a_mask_that_lets_all_live_changes_nothing() -> None:
