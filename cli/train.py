@@ -26,6 +26,8 @@ Examples:
                                                         prunes a trained network
   prune-onnx train --model small.onnx --dataset cifar10 --method plain -o runs/tuned
                                                         fine-tunes any ONNX file
+  prune-onnx train --model small.onnx --reinit --budget-of dense.onnx --dataset cifar10 --epochs 160 -o runs/scratch
+                                                        trains it anew, with the computation of 160 dense epochs
   prune-onnx train --model small.onnx --teacher dense.onnx --data images/ -o runs/tuned
                                                         the same without labels
   torchrun --nproc-per-node 4 -m prune_onnx.cli.main train --model vgg16 ...
@@ -86,7 +88,7 @@ command = StageCommand(
     arguments={},
     sections={
         "What to train": ("model", "dataset", "method", "output", "resume", "epochs", "width", "init",
-                          "reinit"),
+                          "reinit", "budget_of", "stretch"),
         "Distillation: another network's answers in the place of labels": ("teacher", "temperature"),
         "Data": ("data", "train_size", "data_dir", "download", "validation", "augment", "mean", "std", "memory",
                  "workers"),
@@ -105,7 +107,7 @@ command = StageCommand(
         ),
     },
     metavars={"model": "NAME|FILE.onnx", "dataset": "NAME", "method": "NAME", "output": "RUN_DIR", "data_dir": "DIR",
-              "teacher": "FILE.onnx", "data": "SPEC", "init": "RUN_DIR|FILE.pt"},
+              "teacher": "FILE.onnx", "data": "SPEC", "budget_of": "DENSE.onnx", "init": "RUN_DIR|FILE.pt"},
     listings=(
         Listing("--list-models", "List the networks, and stop.", models),
         Listing("--list-datasets", "List the data sets, and stop.", datasets),

@@ -18,6 +18,7 @@ from prune_onnx.trainers.data import Dataset, load_dataset
 from prune_onnx.trainers.data.base import choose
 from prune_onnx.trainers.data.pictures import PictureFiles, open_folder
 
+from .count import count
 from .data import Samples, image_input, open_samples, recipe_for
 
 if TYPE_CHECKING:
@@ -165,6 +166,41 @@ def open_network(file: str | Path, images: tuple[int, ...], *, reinit: bool = Fa
     return network.to(memory_format=torch.channels_last)
 
 
+def saved_macs(file: str | Path, dense: Path, images: tuple[int, ...]) -> float:
+    """Return how many times the MACs of a file its dense network takes, for one image.
+
+    Args:
+        file: the compact network.
+        dense: the one that it comes from.
+        images: (C, H, W) of an image.
+
+    Raises:
+        ConfigError: the dense network takes fewer MACs.
+        ModelError: a file is not a valid model, or does not run on the images.
+    """
+    compact, whole = (_macs(path, images) for path in (file, dense))
+    if whole < compact:
+        raise ConfigError(f"--budget-of {dense}: its {whole:,} MACs are fewer than the {compact:,} of {file}.")
+    return whole / compact
+
+
+def _macs(file: str | Path, images: tuple[int, ...]) -> int:
+    model = model_io.load(file)
+    (name, sizes), *_ = _inputs(model)
+    given = {}
+    if len(sizes) == 4 and 0 in sizes[1:]:
+        channels, *sides = images
+        given = {name: (sizes[0] or 1, *((*sides, channels) if _only_last(model, images) else images))}
+    return count(model, given).macs
+
+
+def _inputs(model: onnx.ModelProto) -> list[tuple[str, list[int]]]:
+    """Return names and declared sizes of the inputs, 0 where they are open."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    return [(value.name, [dim.dim_value for dim in value.type.tensor_type.shape.dim]) for value in inputs]
+
+
 def _check_batches(network: OnnxModule, file: str, images: tuple[int, ...]) -> None:
     """Refuse a file that fixes its batch size in a way that cannot be undone: its answers depend on the batch.
 
@@ -190,9 +226,7 @@ def _check_batches(network: OnnxModule, file: str, images: tuple[int, ...]) -> N
 
 def _only_last(model: onnx.ModelProto, images: tuple[int, ...]) -> bool:
     """Return whether the input has its channels last, by its declared sizes."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    shape = next(value for value in model.graph.input if value.name not in constants).type.tensor_type.shape.dim
-    sizes = [dim.dim_value for dim in shape]
+    (_, sizes), *_ = _inputs(model)
     return len(sizes) == 4 and sizes[3] == images[0] and sizes[1] not in (0, images[0])
 
 

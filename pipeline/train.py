@@ -30,6 +30,7 @@ from .onnx_training import (
     open_network,
     open_teacher,
     save_network,
+    saved_macs,
     unlabelled,
     with_recipe,
 )
@@ -153,6 +154,9 @@ def _train(config: TrainConfig, ranks: Ranks, progress: Progress) -> TrainResult
     network = _build(config, data)
     if config.init is not None and not resumed:
         load_weights(network, config.init)
+    if config.budget_of is not None and config.stretch is None:
+        shape = tuple(data.train_images.shape[1:])
+        config = config.model_copy(update={"stretch": saved_macs(config.model, config.budget_of, shape)})
     chosen, held = split(data.train_labels, usual_validation(config), config.seed)
     config = resolve(config, network, images=len(chosen), augment=data.augment, mean=data.mean, std=data.std)
     method = method_class(config.method).of(config)
@@ -222,7 +226,7 @@ def _check_run(config: TrainConfig) -> Path:
     for name in ARTIFACTS.values():
         check_output(run / name, force=True)
     own = {run.resolve(), *((run / ARTIFACTS[kind]).resolve() for kind in ("model", "checkpoint"))}
-    for file in (config.model, config.teacher, config.init):
+    for file in (config.model, config.teacher, config.init, config.budget_of):
         if file is not None and Path(file).resolve() in own:
             raise OutputError(f"{file} is where this run would write its own model. Give another run folder.")
     taken = [name for name in ARTIFACTS.values() if (run / name).exists()]

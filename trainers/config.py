@@ -76,7 +76,10 @@ class TrainConfig(BaseModel):
         method: a listed method; plain without one.
         output: the run folder.
         reinit: an ONNX file: draw its weights anew and train the net from scratch. With the ``epochs`` of the dense net
-            this is Scratch-E, with that many times the quotient of their MACs, as much computation, Scratch-B.
+            this is Scratch-E.
+        budget_of: with ``reinit``, the ONNX file of the dense net: train until as much has been computed as its
+            ``epochs`` would take, which is Scratch-B. ``stretch`` is then the quotient of the MACs.
+        stretch: the run is this many times ``epochs`` long.
         init: weights to start from in the place of fresh ones: a run folder, a checkpoint.pt, or a state_dict (.pt) of
             the network. Pruning methods then prune before the first epoch.
         teacher: an ONNX file whose answers are learnt in the place of labels (distillation).
@@ -156,6 +159,8 @@ class TrainConfig(BaseModel):
     method: str = "plain"
     output: Path
     reinit: bool = False
+    budget_of: Path | None = None
+    stretch: Positive | None = None
     init: Path | None = None
     teacher: Path | None = None
     temperature: Positive | None = None
@@ -225,6 +230,8 @@ class TrainConfig(BaseModel):
             raise ValueError("give either dataset, a listed one, or data, images of your own")
         if self.reinit and not is_onnx(self.model):
             raise ValueError("reinit is for ONNX files: listed networks begin with fresh weights anyway")
+        if self.budget_of is not None and not self.reinit:
+            raise ValueError("budget_of is for training from scratch: it goes with reinit")
         if self.init is not None and is_onnx(self.model):
             raise ValueError("init is for listed networks and factories: an ONNX file has its weights")
         if self.temperature is not None and self.teacher is None:
@@ -241,6 +248,11 @@ class TrainConfig(BaseModel):
     def starts_trained(self) -> bool:
         """Whether training goes on where another one ended."""
         return self.init is not None or (is_onnx(self.model) and not self.reinit)
+
+    @property
+    def length(self) -> int:
+        """Epochs of the run; of a configuration whose ``epochs`` are known."""
+        return max(1, round(self.epochs * (self.stretch or 1)))
 
     def essence(self) -> dict[str, Any]:
         """Return what decides the result, as JSON values under the flags' names: what a resumed run may not change."""
@@ -290,7 +302,7 @@ class Schedule:
         return cls(
             lr=config.lr,
             steps_per_epoch=steps_per_epoch(images, config.batch_size),
-            epochs=config.epochs,
+            epochs=config.length,
             kind=config.schedule or "step",
             milestones=config.milestones,
             decay=config.lr_decay,
@@ -321,7 +333,7 @@ def _restarts(config: TrainConfig) -> tuple[int, ...]:
     """Return the epochs before which the method prunes; none as long as they are open."""
     if config.rounds is None or config.retrain_epochs is None:
         return ()
-    return tuple(range(config.epochs - config.rounds * config.retrain_epochs, config.epochs, config.retrain_epochs))
+    return tuple(range(config.length - config.rounds * config.retrain_epochs, config.length, config.retrain_epochs))
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -374,7 +386,7 @@ def resolve(
     }
     found: dict[str, Any] = {
         "epochs": epochs,
-        "warmup_epochs": WARMUP * epochs if config.teacher else 0.0,
+        "warmup_epochs": WARMUP * epochs * (config.stretch or 1) if config.teacher else 0.0,
         "optimizer": optimizer,
         "schedule": "cosine" if tuned else "step",
         "lr": rates[optimizer],

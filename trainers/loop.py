@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from prune_onnx.graph_ops.errors import ConfigError, ProviderError, Terminated, TrainingError
 from prune_onnx.graph_ops.files import write_text
+from prune_onnx.graph_ops.memory import keep_at_hand
 from prune_onnx.graph_ops.progress import SILENT, Progress
 
 from . import checkpoint
@@ -109,12 +110,16 @@ def fit(
     method.prepare(model, schedule, seed=config.seed, progress=progress)
     optimizer = _optimizer(model, config)
     method.attach(optimizer, train)
-    with placed(model, optimizer, config, device, ranks) as at, Board(run, config.tensorboard and ranks.first) as board:
+    with (
+        keep_at_hand() if device.type == "cpu" else nullcontext(),
+        placed(model, optimizer, config, device, ranks) as at,
+        Board(run, config.tensorboard and ranks.first) as board,
+    ):
         loop = _Loop(model, method, config, schedule, train, validation, run, progress, at, loss, ranks, board)
         loop.start()
         with _stop_requests() as stop, progress.task("training", schedule.steps) as advance:
             advance(loop.position.epoch * schedule.steps_per_epoch + loop.position.step)
-            while loop.position.epoch < config.epochs and not loop.has_stalled():
+            while loop.position.epoch < schedule.epochs and not loop.has_stalled():
                 loop.epoch(stop, advance)
             if asked := loop.asked(stop):  # it came while the last epoch was measured, after which there is no step
                 raise _stopped(asked)
@@ -256,7 +261,7 @@ class _Loop:
         if facts.get("zero_weights"):
             dead += f", {facts['zero_weights'] / facts['weights']:.1%} of the weights zero"
         self.progress.note(
-            f"epoch {entry['epoch']}/{self.config.epochs}: loss {entry['loss']:.4f}{accuracy}{dead}, "
+            f"epoch {entry['epoch']}/{self.schedule.epochs}: loss {entry['loss']:.4f}{accuracy}{dead}, "
             f"lr {lr:.3g}, {entry['seconds']:.1f} s"
         )
 

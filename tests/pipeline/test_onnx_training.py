@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from prune_onnx.cli.main import program
 from prune_onnx.graph_ops import preprocessing
 from prune_onnx.graph_ops.errors import ConfigError, DataError, ModelError, OutputError
 from prune_onnx.graph_ops.preprocessing import Preprocessing
+from prune_onnx.pipeline.count import count
 from prune_onnx.pipeline.data import open_samples
 from prune_onnx.pipeline.onnx_training import open_images
 from prune_onnx.pipeline.sessions import create_session
@@ -132,6 +134,23 @@ def test_fresh_weights_are_trained_from_scratch(small: Path, tmp_path: Path) -> 
         if weight.role == "kernel":
             pair = [module.parameters_by_name[name].detach().flatten() for module in (before, after)]
             assert abs(torch.corrcoef(torch.stack(pair))[0, 1]) < 0.5
+
+
+def test_a_dense_nets_budget_lengthens_the_run_by_the_quotient_of_the_macs(
+    small: Path, dense: Path, tmp_path: Path
+) -> None:
+    options = {"reinit": True, "budget_of": dense, "epochs": 2}
+    result = train(config(small, tmp_path / "run", **options))
+    counted = [count(onnx.load(path)).macs for path in (dense, small)]
+    assert result.epochs == round(2 * counted[0] / counted[1]) > 3
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rates.count(0.1) == result.epochs // 2  # the schedule is stretched too
+    written = TrainConfig(**tomllib.loads((tmp_path / "run" / "config.toml").read_text()))
+    assert (written.epochs, written.stretch) == (2, counted[0] / counted[1])
+    again = train(config(small, tmp_path / "run", resume=True, **options))
+    assert again.epochs == result.epochs
+    with pytest.raises(ConfigError, match="MACs are fewer than"):
+        train(config(dense, tmp_path / "other", reinit=True, budget_of=small))
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,18 @@ def test_an_input_file_that_changed_is_cut_again(tmp_path: Path, stages: Stages)
     assert stages.names == ["slim", "eval"]
 
 
+def test_training_from_scratch_counts_its_dense_network_as_an_input(tmp_path: Path, stages: Stages) -> None:
+    dense = tmp_path / "dense.onnx"
+    table = {"model": "small.onnx", "dataset": "digits", "reinit": True, "budget-of": str(dense)}
+    options = config(tmp_path, train=table, slim=[], eval=None)
+    for content, runs in (("one", ["train"]), ("one", []), ("three", ["train"])):
+        dense.write_text(content)
+        stages.calls.clear()
+        run(options)
+        assert stages.names == runs
+    assert stages.calls[0][1].budget_of == dense
+
+
 def test_an_inconclusive_measurement_is_repeated(tmp_path: Path, stages: Stages) -> None:
     stages.verdict = "inconclusive"
     assert run(config(tmp_path)).exit_code == 4

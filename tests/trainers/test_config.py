@@ -71,6 +71,8 @@ def test_reading_the_options_does_not_import_torch() -> None:
         {"data": "images"},
         {"dataset": None},
         {"reinit": True},
+        {"budget_of": "dense.onnx", "model": "a.onnx"},
+        {"stretch": 0},
         {"temperature": 2.0},
         {"train_size": 1},
     ],
@@ -134,6 +136,15 @@ def test_defaults_of_an_onnx_file_go_on_where_its_training_ended() -> None:
 
 def test_adam_as_published_has_its_own_rate() -> None:
     assert resolved(optimizer="adam-l2").lr == of_file(optimizer="adam-l2").lr == ADAM_L2_RATE
+
+
+def test_a_stretched_run_has_that_many_epochs_and_prunes_as_late() -> None:
+    scratch = of_file(model="a.onnx", reinit=True, epochs=10, stretch=2.26)
+    assert (scratch.epochs, scratch.length, Schedule.of(scratch, 1000).epochs) == (10, 23, 23)
+    pruned = of_file(model="a.onnx", reinit=True, epochs=10, stretch=2.26, method="magnitude")
+    assert (pruned.retrain_epochs, Schedule.of(pruned, 1000).restarts) == (11, (12,))
+    assert of_file(epochs=1, stretch=0.1).length == 1
+    assert of_file(epochs=3).length == 3
 
 
 def test_a_teacher_needs_no_validation_images_and_shows_a_fixed_number() -> None:

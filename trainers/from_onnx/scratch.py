@@ -15,7 +15,7 @@ def draw_weights(module: OnnxModule) -> None:
 
     Kernels are normal with variance 2 / fan-in (He et al., 2015), scales are 1, shifts 0. With as many epochs as the
     dense network had this is Scratch-E of Liu et al., "Rethinking the Value of Network Pruning" (ICLR 2019); with as
-    much computation, epochs times the quotient of the MACs, Scratch-B.
+    much computation, epochs times the quotient of the MACs, Scratch-B (``budget_of``).
     """
     for name, parameter in module.parameters_by_name.items():
         weight = module.weights[name]

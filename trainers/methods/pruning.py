@@ -135,11 +135,11 @@ class Pruning(Masked):
         """
         rounds, before = config.rounds, 0 if config.starts_trained else 1
         if rounds is None:  # two epochs for each part at least, or what there is
-            rounds = max(1, min(cls.usual_rounds(config), config.epochs // 2 - before))
-        length = config.retrain_epochs or config.epochs // (rounds + before)
-        if not 0 < rounds * length <= config.epochs - before:
+            rounds = max(1, min(cls.usual_rounds(config), config.length // 2 - before))
+        length = config.retrain_epochs or config.length // (rounds + before)
+        if not 0 < rounds * length <= config.length - before:
             raise ConfigError(
-                f"{rounds} rounds of {max(length, 1)} epochs leave nothing of {config.epochs} epochs for the training "
+                f"{rounds} rounds of {max(length, 1)} epochs leave nothing of {config.length} epochs for the training "
                 "before them. Give more --epochs, or fewer --rounds or --retrain-epochs."
             )
         return {"rounds": rounds, "retrain_epochs": length}
