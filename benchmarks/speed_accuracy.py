@@ -16,29 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 from posttraining import MEAN, STD, accuracy
+from stored import shares
 
-from prune_onnx.graph_ops import model_io
 from prune_onnx.graph_ops.files import write_text
-from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.pipeline.environment import capture
-from prune_onnx.pipeline.latency import ProviderStopwatch
-from prune_onnx.pipeline.probing import probe
 from prune_onnx.pipeline.slim import slim
 from prune_onnx.pipeline.slim_schema import SlimConfig
-
-REPEATS = 3
-
-
-def shares(original: Path, files: list[Path], threads: int) -> list[float]:
-    """Latencies over the original's, medians of several measurements of all of them in turns."""
-    feeds = probe(Graph(model_io.load(original)))[1]
-    models = [onnx.load(path) for path in (original, *files)]
-    stopwatch = ProviderStopwatch("cpu", threads)
-    times = np.asarray([stopwatch.together(models, feeds) for _ in range(REPEATS)])
-    return np.median(times[:, 1:] / times[:, :1], axis=0).tolist()
 
 
 def compare(model: Path, macs: float, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
