@@ -136,18 +136,17 @@ def page(rows: list[Row]) -> list[str]:
     for network, (error, error_std, left, left_std, best, made) in PUBLISHED.items():
         entries.append([
             network, "paper", f"{best} of {made}", str(PAPERS_EPOCHS), "", f"{error:.2f} ± {error_std:.2f}",
-            f"{left:.2f} ± {left_std:.2f}", "",
+            f"{left:.2f} ± {left_std:.2f}",
         ])  # fmt: skip
         for rounds, length in sorted({(r["rounds"], r["epochs"]) for r in first if r["network"] == network}):
             mine = [row for row in first if (row["network"], row["rounds"], row["epochs"]) == (network, rounds, length)]
             entries.append([
                 network, "here", str(rounds), str(length), ", ".join(str(row["seed"]) for row in mine),
                 f"**{spread(row['error'] for row in mine)}**", f"**{spread(row['left'] for row in mine)}**",
-                f"{sum(row['seconds'] for row in mine) / len(mine) / 60:.0f}",
             ])  # fmt: skip
         if not any(row["network"] == network for row in first):
-            entries.append([network, "here", "", "", "", "not run", "not run", ""])
-    head = ["network", "", ">prunings", ">epochs each", ">seeds", ">error %", ">weights left %", ">minutes a seed"]
+            entries.append([network, "here", "", "", "", "not run", "not run"])
+    head = ["network", "", ">prunings", ">epochs each", ">seeds", ">error %", ">weights left %"]
     lines += table(head, entries)
     for row in first:
         lines += [

@@ -40,10 +40,10 @@ def relief_row(network: str, seed: int, error: float, left: float) -> dict[str, 
 def test_nnrelief_page_has_mean_and_deviation_beside_what_is_published(scripts: dict[str, Any]) -> None:
     rows = [relief_row("lenet300", 0, 2.0, 1.0), relief_row("lenet300", 1, 3.0, 2.0)]
     text = "\n".join(scripts["papers_nnrelief"].page(rows))
-    assert "| lenet300 | paper | 11 of 15 | 60 |  | 1.98 ± 0.07 | 1.51 ± 0.07 |  |" in text
-    assert "| lenet300 | here | 11 | 15 | 0, 1 | **2.50 ± 0.71** | **1.50 ± 0.71** | 1 |" in text
-    assert "| lenet5 | paper | 20 of 20 | 60 |  | 0.97 ± 0.05 | 0.65 ± 0.02 |  |" in text
-    assert "| lenet5 | here |  |  |  | not run | not run |  |" in text
+    assert "| lenet300 | paper | 11 of 15 | 60 |  | 1.98 ± 0.07 | 1.51 ± 0.07 |" in text
+    assert "| lenet300 | here | 11 | 15 | 0, 1 | **2.50 ± 0.71** | **1.50 ± 0.71** |" in text
+    assert "| lenet5 | paper | 20 of 20 | 60 |  | 0.97 ± 0.05 | 0.65 ± 0.02 |" in text
+    assert "| lenet5 | here |  |  |  | not run | not run |" in text
     assert "| 1 | 20.00 | 3.00 |" in text  # after the pruning
 
 
