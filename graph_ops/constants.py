@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from .analysis import Analysis, Axes
+from .analysis import Analysis
 from .graph import Node
 from .labels import Vector
 from .probe import Shape
+from .records import Axes
 from .rules import rule_for
 
 Traces = dict[int, dict[int, set[int]]]

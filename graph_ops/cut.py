@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from . import gammas
-from .analysis import Analysis, Operand
+from .analysis import Analysis
+from .assembly import assemble
 from .errors import ModelError, PlanError
 from .exact import Edits
-from .graph import SHAPE_OPS, Node, captured_names
-from .model_io import copy_fields
+from .graph import SHAPE_OPS, Node
 from .probe import Shape
+from .records import Operand
 from .rules import rule_for
 
 TAKE_AT_ONCE = 2**20  # bytes
@@ -388,7 +388,7 @@ class Cut:
             nodes += self._before.get(node.index, [])
             nodes.append(self._protos.get(node.index, node.proto))
             nodes += self._after.get(node.index, [])
-        return self._assemble(self._rewired(nodes))
+        return assemble(self.analysis, self._rewired(nodes), self._new, self.kept)
 
     def _rewired(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """Let readers of bypassed nodes read what those read."""
@@ -421,78 +421,6 @@ class Cut:
             helper.make_node("Add", [inner, name], [y], name=self._name(f"{node.name}_shift"))
         )
 
-    def _assemble(self, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
-        source = self.graph.model
-        was_used = _used_names(source.graph.node)
-        nodes = live_nodes(nodes, self.graph.outputs)
-        used = _used_names(nodes) | set(self.graph.outputs)
-        result = onnx.ModelProto()
-        # Everything but the tensors is copied here; the weights once, below.
-        copy_fields(source, result, leave_out=("graph",))
-        copy_fields(source.graph, result.graph, leave_out=("node", "initializer", "value_info"))
-        result.graph.node.extend(nodes)
-        have = set()
-        for tensor in source.graph.initializer:
-            if tensor.name in used or tensor.name not in was_used:
-                result.graph.initializer.append(self._new.get(tensor.name, tensor))
-                have.add(tensor.name)
-        fresh = [t for name, t in self._new.items() if name not in have and name in used]
-        result.graph.initializer.extend(fresh)
-        self._fix_inputs(result, have, fresh)
-        self._fix_value_info(result, nodes)
-        gammas.sliced(result, {name: self.kept(name, 1) for node in nodes for name in node.output})
-        return result
-
-    def _fix_inputs(self, result: onnx.ModelProto, have: set[str], fresh: list[onnx.TensorProto]) -> None:
-        """Before IR version 4 every initializer is also a graph input: keep those entries true."""
-        gone = set(self.graph.initializers) - have
-        entries = [i for i in result.graph.input if i.name not in gone]
-        for entry in entries:
-            if entry.name in self._new:
-                entry.CopyFrom(_value_info(self._new[entry.name]))
-        if result.ir_version < 4:
-            entries += [_value_info(t) for t in fresh]
-        copies = [onnx.ValueInfoProto() for _ in entries]
-        for copy, entry in zip(copies, entries, strict=True):
-            copy.CopyFrom(entry)
-        del result.graph.input[:]
-        result.graph.input.extend(copies)
-
-    def _fix_value_info(self, result: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-        """Rebuild the stored shapes of cut tensors, drop those of tensors that are gone."""
-        made = {name for node in nodes for name in node.output} | {t.name for t in result.graph.initializer}
-        for info in self.graph.model.graph.value_info:
-            if info.name not in made:
-                continue
-            copy = result.graph.value_info.add()
-            copy.CopyFrom(info)
-            if info.name in self._new:
-                copy.CopyFrom(_value_info(self._new[info.name]))
-            for axis in self.analysis.axes.get(info.name, {}):
-                kept = self.kept(info.name, axis)
-                dims = copy.type.tensor_type.shape.dim
-                if kept is not None and axis < len(dims) and dims[axis].HasField("dim_value"):
-                    dims[axis].dim_value = len(kept)
-        stays = [q for q in result.graph.quantization_annotation if q.tensor_name in made]
-        del result.graph.quantization_annotation[:]
-        result.graph.quantization_annotation.extend(stays)
-
-
-def live_nodes(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
-    """Return the nodes that reach an output, in order."""
-    wanted = set(outputs)
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(nodes):
-        if any(name in wanted for name in node.output):
-            kept.append(node)
-            wanted.update(node.input)
-            wanted.update(captured_names(node))
-    return kept[::-1]
-
-
-def _used_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    return {name for node in nodes for name in [*node.input, *captured_names(node)] if name}
-
 
 def _take(value: np.ndarray, index: Index) -> np.ndarray:
     """Return the kept positions, copied a few rows at a time: nothing between the two arrays exists in full."""
@@ -508,7 +436,3 @@ def _take(value: np.ndarray, index: Index) -> np.ndarray:
             part = part.take(positions, axis)
         result[i : i + step] = part
     return result
-
-
-def _value_info(tensor: onnx.TensorProto) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))

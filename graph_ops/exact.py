@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .analysis import Analysis, Contraction
+from .analysis import Analysis
 from .constants import Constants
+from .records import Contraction
 from .rules.conv import reads_anything
 
 

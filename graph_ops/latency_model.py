@@ -20,10 +20,11 @@ from functools import cached_property
 import numpy as np
 
 from .allocate import FractionalCost
-from .analysis import Analysis, Work
+from .analysis import Analysis
 from .cost import CostModel, Term
 from .graph import Node
 from .labels import Vector
+from .records import Work
 from .rules.base import product
 
 Point = tuple[int, int]

@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from .analysis import Analysis, Contraction, Released
+from .analysis import Analysis
 from .cut import Cut
 from .exact import Edits
+from .records import Contraction, Released
 
 # Input index of the zero point of a quantised data input, by operator and data input.
 ZERO_POINTS = {("QLinearConv", 0): 2, ("ConvInteger", 0): 2, ("QLinearMatMul", 0): 2, ("MatMulInteger", 0): 2}

@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from prune_onnx.graph_ops.analysis import Analysis, Contraction
+from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.errors import ConfigError, DataError
 from prune_onnx.graph_ops.graph import Graph
+from prune_onnx.graph_ops.records import Contraction
 
 from .probing import Feeds
 from .streams import Stream

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune_onnx.graph_ops.analysis import Analysis, Contraction
+from prune_onnx.graph_ops.analysis import Analysis
 from prune_onnx.graph_ops.graph import Node
 from prune_onnx.graph_ops.patches import ChannelLayer, Layer
+from prune_onnx.graph_ops.records import Contraction
 
 # Of wider layers (a Gemm after Flatten) the Gram matrix alone would take gigabytes: they are fitted channel by channel.
 WIDEST = 6000

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ..analysis import Analysis, Producer
+from ..analysis import Analysis
 from ..progress import SILENT, Progress
+from ..records import Producer
 from ..registry import Registry
 
 Scores = np.ndarray

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..analysis import Analysis, Contraction
+from ..analysis import Analysis
 from ..exact import weight_grid
 from ..patches import Layer
+from ..records import Contraction
 from .base import ACTIVATIONS, Evidence, Scores, Total, criterion
 
 PATCHES = 2**23

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..analysis import Contraction
 from ..graph import Node
 from ..labels import Vector
+from ..records import Contraction
 from .base import Rule, rule
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..analysis import Axes, Contraction, Released, Work
 from ..graph import Node
 from ..labels import Vector
+from ..records import Axes, Contraction, Released, Work
 from .base import MICROSOFT, Rule, product, rule
 
 if TYPE_CHECKING:

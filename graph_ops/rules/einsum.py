@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..analysis import Contraction
 from ..graph import Node
 from ..labels import Vector
+from ..records import Contraction
 from .base import Rule, rule
 
 if TYPE_CHECKING:

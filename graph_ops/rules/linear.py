@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..analysis import Contraction, Work
 from ..graph import Node
 from ..labels import Vector
+from ..records import Contraction, Work
 from .base import Rule, product, rule
 from .conv import reads_anything
 

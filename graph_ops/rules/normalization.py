@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..analysis import Released
 from ..graph import Node
 from ..labels import Vector
+from ..records import Released
 from .base import Rule, rule
 
 if TYPE_CHECKING:
-    from ..analysis import Axes, Context
+    from ..analysis import Context
     from ..constants import Constants
     from ..cut import Cut
+    from ..records import Axes
 
 
 def across(node: Node, ctx: Context, axes: Axes, normalised: range | set[int], what: str) -> Axes:

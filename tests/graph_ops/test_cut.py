@@ -7,7 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from prune_onnx.graph_ops.cut import cut, live_nodes
+from prune_onnx.graph_ops.assembly import live_nodes
+from prune_onnx.graph_ops.cut import cut
 from prune_onnx.graph_ops.errors import PlanError
 from prune_onnx.graph_ops.graph import Graph
 
