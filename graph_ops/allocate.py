@@ -8,7 +8,7 @@ group depends on its neighbours' counts (MACs are products), so the groups are v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,27 +54,6 @@ class Curve:
         above = counts > self.kept[0]
         y = np.where(above, known_y[0] + (x - known_x[0]), y)
         return np.where(counts >= self.units, 0.0, np.exp(y))
-
-
-@dataclass
-class Ranking:
-    """A group's damage as the sum of the scores that it loses.
-
-    Attributes:
-        scores: of the units, most important first, not negative.
-    """
-
-    scores: np.ndarray
-
-    @property
-    def units(self) -> int:
-        """How many there are."""
-        return len(self.scores)
-
-    def at(self, counts: np.ndarray) -> np.ndarray:
-        """Damage at kept counts."""
-        lost = np.append(np.cumsum(self.scores[::-1])[::-1], 0.0)
-        return lost[counts]
 
 
 class FractionalCost:
@@ -131,7 +110,7 @@ class FractionalCost:
 
 
 def allocate(
-    curves: Mapping[int, Curve | Ranking],
+    curves: dict[int, Curve],
     cost: FractionalCost,
     target: float,
     steps: dict[int, Steps],

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from .alignment import parts
-from .allocate import FractionalCost, Ranking, allocate
 from .analysis import Analysis
 from .cost import CostModel
 from .errors import PlanError
@@ -24,8 +23,6 @@ ODD_WIDTHS = 0.9
 # A budget is used up to this much, with widths of this step where the usual ones are too coarse.
 CLOSE = 0.99
 FINE = 4
-# Of a budget in latency at least this much is used.
-USED = 0.98
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Planner:
             latency: measured times, for a budget in latency and for its steps.
         """
         self.analysis, self.base, self.budget = analysis, base, budget
-        self.latency = latency
+        self.measured = latency is not None
         model, name = latency.cost if latency else CostModel(analysis), budget.name.removeprefix("keep_")
         self.fixed, self.tally = model.tally(name)
         self.full = model.full(name)
@@ -151,8 +148,6 @@ class Planner:
             counts = self._filled_up(target)
             if self.budget.align in ("auto", 1) or all(n == g.whole for n, g in zip(counts, self.groups, strict=True)):
                 return self.keep(counts)
-        if self.latency is not None and self.budget.name == "keep_latency" and self.budget.scope == "global":
-            return self.keep(self._allocated(target))
         total = sum(group.alive for group in self.groups)
         low, high = 0, total  # low: known to fit (checked below), high: known not to
         if (reached := self.cost(self.smallest())) > target:
@@ -171,30 +166,10 @@ class Planner:
         if self.cost(self.keep(counts)) < ODD_WIDTHS * target:
             # The steps are too coarse for this budget: let whole groups of an odd width stay as they were.
             counts = self._fill(counts, target, "whole")
-        if self.budget.align == "auto" and self.latency is None and self.cost(self.keep(counts)) < CLOSE * target:
+        if self.budget.align == "auto" and not self.measured and self.cost(self.keep(counts)) < CLOSE * target:
             # What is left is smaller than any step: widths that are still fast, if not as good a bargain.
             counts = self._fill(counts, target, "fine")
         return self.keep(counts)
-
-    def _allocated(self, target: float) -> list[int]:
-        """Counts that lose the least importance for the time they save.
-
-        A ranking over all layers alone would take what matters least, however little time that saves: the steps of the
-        layers' times make channels of one layer many times dearer than those of another.
-        """
-        assert self.latency is not None
-        cost = FractionalCost(self.analysis, "latency", self.latency.cost, [group.order for group in self.groups])
-        curves, steps, floors = {}, {}, {}
-        for g, group in enumerate(self.groups):
-            if group.options and group.alive:
-                scores = np.append(self.scores[group.order[: group.alive]], np.zeros(len(group.order) - group.alive))
-                curves[g] = Ranking(scores)
-                steps[g] = [n for n in group.options if n < len(group.order)]
-                floors[g] = group.options[0]
-        counts = [len(group.order) for group in self.groups]
-        for g, count in allocate(curves, cost, target, steps, floors, USED).items():
-            counts[g] = count
-        return counts
 
     def _filled_up(self, target: float) -> list[int]:
         """Nothing that is alive goes; dead units stay where they make a group's width a multiple of its step."""

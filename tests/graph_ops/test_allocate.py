@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prune_onnx.graph_ops.allocate import Curve, FractionalCost, Ranking, allocate, uniform
+from prune_onnx.graph_ops.allocate import Curve, FractionalCost, allocate, uniform
 from prune_onnx.graph_ops.cost import CostModel
 from prune_onnx.graph_ops.errors import PlanError
 
@@ -104,11 +104,6 @@ def test_unreachable_budget_is_refused():
         allocate(curves(sizes), cost, 1.0, dict.fromkeys(sizes, 1), dict.fromkeys(sizes, 1))
 
 
-def test_a_ranking_loses_its_least_scores_first():
-    ranking = Ranking(np.asarray([5.0, 3.0, 2.0, 0.0]))
-    np.testing.assert_array_equal(ranking.at(np.asarray([4, 3, 2, 0])), [0, 0, 2, 10])
-
-
 @pytest.mark.parametrize("fraction", [0.9, 0.7, 0.5])
 def test_more_of_a_budget_is_used_where_that_is_asked_for(fraction):
     made = net()
@@ -116,8 +111,7 @@ def test_more_of_a_budget_is_used_where_that_is_asked_for(fraction):
     parts = [group.units for group in analysis.groups if not analysis.pinned[group.units].any()]
     cost = FractionalCost(analysis, "macs", parts=parts)
     target = fraction * cost.total(np.ones(len(parts)))
-    rng = np.random.default_rng(0)
-    found = {g: Ranking(np.sort(rng.random(len(units)))[::-1]) for g, units in enumerate(parts)}
+    found = curves({g: len(units) for g, units in enumerate(parts)})
     steps, floors = dict.fromkeys(found, 4), dict.fromkeys(found, 4)
 
     def used(counts: dict[int, int]) -> float:
