@@ -50,14 +50,8 @@ class Gram:
             t: (M, O) targets.
             rows: how many positions are multiplied at once.
         """
-        a = np.zeros((x.shape[1], x.shape[1]))
-        b = np.zeros((t.shape[1], x.shape[1]))
-        for i in range(0, len(x), rows):
-            part = x[i : i + rows]
-            a += part.T @ part
-            b += t[i : i + rows].T @ part
         energy = float(np.square(t, dtype=np.float64).sum()) / len(t)
-        return cls(a / len(x), b / len(x), energy, len(x))
+        return cls(moments(x, x, rows=rows), moments(t, x, rows=rows), energy, len(x))
 
     def error(self, w: np.ndarray) -> float:
         """Mean squared error of ``W x`` against the targets, summed over the outputs."""
@@ -70,17 +64,27 @@ class Gram:
         return Gram(mine * self.a + its * other.a, mine * self.b + its * other.b, mine * self.t + its * other.t, count)
 
     def on(self, columns: np.ndarray) -> Gram:
-        """The moments of some columns, given as indexes."""
+        """The moments of some columns, given as indexes in ascending order."""
+        if len(columns) == len(self.a):
+            return self
         return Gram(self.a[np.ix_(columns, columns)], self.b[:, columns], self.t, self.count)
 
     def full(self, w0: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
         """H^-1 and the ridge solution on all columns; several questions about one layer share them."""
         if self._full is None or self._full[0] != ridge:
             diagonal = ridge_matrix(self, ridge)
-            inverse = np.linalg.inv(self.a + np.diag(diagonal))
-            inverse = (inverse + inverse.T) / 2
+            inverse = np.linalg.inv(_with_diagonal(self.a.copy(), diagonal))
             self._full = ridge, inverse, (self.b + w0 * diagonal) @ inverse
         return self._full[1:]
+
+
+def moments(t: np.ndarray, x: np.ndarray, *, rows: int = 16384) -> np.ndarray:
+    """Return E[t x^T] over positions, float64 over float32 products of ``rows`` positions each."""
+    total = np.zeros((t.shape[1], x.shape[1]))
+    for i in range(0, len(x), rows):
+        total += t[i : i + rows].T @ x[i : i + rows]
+    total /= len(x)
+    return total
 
 
 def ridge_matrix(gram: Gram, ridge: float) -> np.ndarray:
@@ -102,13 +106,40 @@ def solve(gram: Gram, w0: np.ndarray, columns: np.ndarray, ridge: float) -> np.n
     Returns:
         (O, D), zero outside ``columns``.
     """
-    use = np.flatnonzero(columns)
-    diagonal = ridge_matrix(gram, ridge)[use]
-    h = gram.a[np.ix_(use, use)] + np.diag(diagonal)
+    use, diagonal, h = _normal(gram, columns, ridge)
     right = gram.b[:, use] + w0[:, use] * diagonal
     w = np.zeros_like(w0, dtype=np.float64)
     w[:, use] = np.linalg.solve(h, right.T).T
     return w
+
+
+class Fit:
+    """The same for several targets on the same inputs."""
+
+    def __init__(self, gram: Gram, w0: np.ndarray, columns: np.ndarray, ridge: float) -> None:
+        """Prepare; the arguments are those of :func:`solve`."""
+        self._use, diagonal, h = _normal(gram, columns, ridge)
+        self._pull = w0[:, self._use] * diagonal
+        self._inverse = np.linalg.inv(h)
+        self._width = len(columns)
+
+    def weights(self, b: np.ndarray) -> np.ndarray:
+        """Return the solution for the targets whose moments with the inputs are ``b``, E[t x^T]."""
+        w = np.zeros((len(b), self._width))
+        w[:, self._use] = (b[:, self._use] + self._pull) @ self._inverse
+        return w
+
+
+def _normal(gram: Gram, columns: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns in use, the diagonal of L on them, and A + L on them."""
+    use = np.flatnonzero(columns)
+    diagonal = ridge_matrix(gram, ridge)[use]
+    return use, diagonal, _with_diagonal(gram.a[np.ix_(use, use)], diagonal)
+
+
+def _with_diagonal(a: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
+    a.flat[:: len(a) + 1] += diagonal
+    return a
 
 
 @dataclass
@@ -189,15 +220,15 @@ class _State:
         used, places = np.unique(reader.columns[fed], return_inverse=True)
         # Missing columns get rows of their own that nothing depends on, one for each place in a unit's block.
         spare = reader.columns.shape[1] if not fed.all() else 0
-        size = len(used) + spare
-        self.inverse = np.eye(size)
-        self.inverse[: len(used), : len(used)] = inverse[np.ix_(used, used)]
-        self.w = np.zeros((len(w), size))
-        self.w[:, : len(used)] = w[:, used]
+        self.inverse, self.w = inverse[np.ix_(used, used)], w[:, used]
+        if spare:
+            self.inverse = np.pad(self.inverse, (0, spare))
+            self.inverse.flat[len(used) * (len(self.inverse) + 1) :: len(self.inverse) + 1] = 1.0
+            self.w = np.pad(self.w, ((0, 0), (0, spare)))
         self.columns = np.broadcast_to(len(used) + np.arange(reader.columns.shape[1]), fed.shape).copy()
         self.columns[fed] = places
         self.spare = len(used)  # what comes from here on is nobody's
-        self.gone = np.zeros(size, bool)
+        self.gone = np.zeros(len(self.inverse), bool)
 
     def costs(self, units: np.ndarray) -> np.ndarray:
         """What removing each of ``units`` would cost, (len(units),)."""

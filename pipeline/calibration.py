@@ -24,7 +24,7 @@ from .streams import alive
 BATCH = 128
 CHUNK = 2**27
 """Bytes of activations that a batch may take; a single input may take more."""
-MEMORY = 2 * 2**30
+MEMORY = 5 * 2**28
 """Bytes that cached activations may take: where all inputs would take more, some join in later layers."""
 STREAMS = 2
 """Networks that are run side by side, the dense and the pruned one."""
@@ -60,6 +60,12 @@ class Calibration:
 def size_of(feeds: Feeds) -> int:
     """Return how many inputs a batch has."""
     return len(next(iter(feeds.values())))
+
+
+def first(chunks: list[Feeds], count: int) -> list[Feeds]:
+    """Return the first batches, of ``count`` inputs or a few more."""
+    sizes = np.cumsum([size_of(chunk) for chunk in chunks])
+    return chunks[: int(np.searchsorted(sizes, count)) + 1]
 
 
 def open_calibration(

@@ -25,14 +25,15 @@ from prune_onnx.graph_ops.masked import masked_reference
 from prune_onnx.graph_ops.plan import Budget, Planner
 from prune_onnx.graph_ops.progress import Progress
 
-from .calibration import Calibration, size_of, within
+from .calibration import Calibration, first, size_of, within
 from .compensate import correct_means, match_statistics
 from .divergence import divergence, outputs
 from .latency import LatencySearch, Plans, measured_steps
 from .masking import MaskedLoss
 from .probing import Feeds, batch_of
-from .reconstruct import Reconstruction, Statistics
+from .reconstruct import Reconstruction
 from .slim_schema import SlimConfig
+from .survey import Statistics, Survey
 from .taps import Taps
 
 OBS = "obs"
@@ -99,8 +100,8 @@ def prune(
     elif config.align == "auto" and config.cost_cache is not None:
         latency = measured_steps(config, analysis, progress)
     if criterion == OBS:
+        found = Survey(analysis, fit, seed=config.seed, progress=progress).statistics()
         work = Reconstruction(analysis, fit, seed=config.seed, progress=progress)
-        found = work.statistics()
         if compensate == LEAST_SQUARES:
             share = fraction if search is None else search.predicted()
             with suppress(PlanError):  # what cannot be reached is said when it is planned
@@ -253,7 +254,7 @@ def _settle(
     if inputs < FEWEST:
         found.curves = priced(PRICES[0])
         return
-    few = work.some(min(inputs, TRIED))
+    few = first(work.chunks, min(inputs, TRIED))
     unseen = [*work.chunks[len(few) :][: 2 * len(few)], *check]
     dense = outputs(work.graph.model, unseen)
     trials: dict[tuple[int, ...], tuple[float, dict[int, Curve]]] = {}

@@ -11,9 +11,6 @@ from prune_onnx.graph_ops.graph import Node
 from prune_onnx.graph_ops.patches import ChannelLayer, Layer
 from prune_onnx.graph_ops.records import Contraction
 
-# Of wider layers (a Gemm after Flatten) the Gram matrix alone would take gigabytes: they are fitted channel by channel.
-WIDEST = 6000
-
 
 @dataclass
 class Site:
@@ -40,8 +37,14 @@ class Site:
     bounds: tuple[float, float] | None = None
 
 
-def find_sites(analysis: Analysis) -> list[Site]:
-    """Return the layers that can be refitted, in order: those with a readable weight of their own."""
+def find_sites(analysis: Analysis, widest: int) -> list[Site]:
+    """Return the layers that can be refitted, in order: those with a readable weight of their own.
+
+    Args:
+        analysis: of the graph.
+        widest: layers of more columns (a Gemm after Flatten) are taken channel by channel, for the Gram matrix alone
+            would take gigabytes; those that cannot be are left out.
+    """
     graph = analysis.graph
     contractions = {c.node.index: c for c in analysis.contractions}
     sites = []
@@ -62,25 +65,30 @@ def find_sites(analysis: Analysis) -> list[Site]:
             )
         if node.op_type == "MatMul":
             plain &= weight is not None and weight.ndim == 2
-        if plain and (site := _site(analysis, node, weight, bias, contractions.get(node.index))) is not None:
+        if plain and (site := _site(analysis, node, weight, bias, contractions.get(node.index), widest)) is not None:
             sites.append(site)
     return sites
 
 
 def _site(
-    analysis: Analysis, node: Node, weight: np.ndarray, bias: np.ndarray | None, contraction: Contraction | None
+    analysis: Analysis,
+    node: Node,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    contraction: Contraction | None,
+    widest: int,
 ) -> Site | None:
     layer = Layer(node, weight, bias)
     every = layer.channels * layer.groups
     labels = np.full(every, -1) if contraction is None else contraction.labels
     x, y = node.inputs[0], node.outputs[0]
-    if layer.width <= WIDEST:
+    if layer.width <= widest:
         site = Site(node, layer, contraction, labels[: layer.channels], x, y)
         _follow(analysis, site)
         return site
     runs = np.flatnonzero(np.diff(labels)) + 1
     repeats = int(np.gcd.reduce(np.append(runs, every))) if contraction is not None else 1
-    if layer.groups > 1 or every // repeats >= WIDEST or (layer.is_conv and repeats > 1):
+    if layer.groups > 1 or every // repeats >= widest or (layer.is_conv and repeats > 1):
         return None
     layer = ChannelLayer(node, weight, bias, repeats)
     return Site(node, layer, contraction, labels[::repeats], x, x)

@@ -21,6 +21,7 @@ from prune_onnx.pipeline.runner import Runner
 from prune_onnx.pipeline.slim import slim
 from prune_onnx.pipeline.slim_schema import SlimConfig
 from prune_onnx.pipeline.streams import Stream
+from prune_onnx.pipeline.survey import Survey
 
 from ..graph_ops.builder import Net
 
@@ -108,7 +109,7 @@ def test_refitting_on_inputs_that_did_not_change_returns_the_trained_weights(set
 def test_compensation_brings_the_output_back(setting, fraction):
     graph, analysis, chunks = setting
     work = Reconstruction(analysis, chunks)
-    found = work.statistics()
+    found = Survey(analysis, chunks).statistics()
     assert len(found.paths) >= 3
     counts = {g: max(1, int(fraction * len(work.parts[g].units))) for g in found.paths}
     work.run(counts, found.paths)

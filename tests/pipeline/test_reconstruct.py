@@ -10,7 +10,7 @@ from prune_onnx.graph_ops.analysis import analyse
 from prune_onnx.graph_ops.exact import Edits
 from prune_onnx.graph_ops.graph import Graph
 from prune_onnx.graph_ops.masked import masked_reference
-from prune_onnx.pipeline import reconstruct, sites
+from prune_onnx.pipeline import layerwise, reconstruct, streams, survey
 from prune_onnx.pipeline.divergence import divergence, outputs
 from prune_onnx.pipeline.probing import Feeds, probe
 from prune_onnx.pipeline.reconstruct import Reconstruction
@@ -62,7 +62,7 @@ def pruned(model: onnx.ModelProto, fraction: float) -> tuple[Reconstruction, flo
     """Prune all parts to a fraction; return the work, and the outputs' divergence without and with the new weights."""
     graph = Graph(model)
     work = Reconstruction(analyse(graph, probe(graph)[0]), batches())
-    found = work.statistics()
+    found = survey.Survey(work.analysis, batches()).statistics()
     counts = {n: max(1, int(fraction * len(work.parts[n].units))) for n in found.paths}
     work.run(counts, found.paths)
     for number, count in counts.items():
@@ -85,7 +85,8 @@ def test_every_part_is_pruned_and_made_up_for(make):
 
 def test_layers_that_are_too_wide_are_fitted_channel_by_channel(monkeypatch):
     exact = pruned(flattened(), 0.5)
-    monkeypatch.setattr(sites, "WIDEST", 30)
+    monkeypatch.setattr(Reconstruction, "widest", 30)
+    monkeypatch.setattr(survey.Survey, "widest", 30)
     work, plain, fitted = pruned(flattened(), 0.5)
     kinds = {type(site.layer).__name__ for site in work.sites}
     assert kinds == {"Layer", "ChannelLayer"}
@@ -111,7 +112,7 @@ def test_what_is_cut_off_need_not_be_fitted(monkeypatch, bounds):
 def test_parts_of_a_padded_stream_are_cut_by_themselves():
     graph = Graph(padded_stream())
     work = Reconstruction(analyse(graph, probe(graph)[0]), batches())
-    found = work.statistics()
+    found = survey.Survey(work.analysis, batches()).statistics()
     stream = [n for n in found.paths if len(work._readers()[n]) > 1 or len(work.parts[n].units) == 8]
     sizes = sorted(len(work.parts[n].units) for n in stream)
     assert sizes == [8, 8, 8]  # the first block's inside, and the stream's two parts
@@ -140,8 +141,8 @@ def test_little_memory_is_enough(monkeypatch):
     """One chunk fits in the first layers, all of them in the last ones."""
     graph = Graph(residual_net())
     analysis = analyse(graph, probe(graph)[0])
-    sizes = reconstruct.alive(graph, analysis.probe)
-    monkeypatch.setattr(reconstruct, "MEMORY", 2 * 40 * max(sizes))
+    sizes = streams.alive(graph, analysis.probe)
+    monkeypatch.setattr(layerwise, "MEMORY", 2 * 40 * max(sizes))
     work = Reconstruction(analysis, batches())
     assert work._fitting(0, 2) == 1
     assert work._fitting(len(graph.nodes) - 1, 2) == 3
@@ -157,7 +158,7 @@ def test_ridge_is_the_one_that_unseen_positions_like_best(monkeypatch):
     for ridges in ((1e-6,), (1e-6, 1e-1)):
         monkeypatch.setattr(reconstruct, "RIDGES", ridges)
         work = Reconstruction(analysis, [{"x": images(3)}])
-        statistics = work.statistics()
+        statistics = survey.Survey(analysis, work.chunks).statistics()
         work.run({n: len(p.order) // 2 for n, p in statistics.paths.items()}, statistics.paths)
         fresh = [{"x": images(64, seed=9)}]
         reference = masked_reference(analysis, work.keep, Edits(operands=work.weights))
