@@ -50,7 +50,7 @@ class Gram:
             t: (M, O) targets.
             rows: how many positions are multiplied at once.
         """
-        energy = float(np.square(t, dtype=np.float64).sum()) / len(t)
+        energy = float(np.einsum("ij,ij->", t, t, dtype=np.float64)) / len(t)
         return cls(moments(x, x, rows=rows), moments(t, x, rows=rows), energy, len(x))
 
     def error(self, w: np.ndarray) -> float:

@@ -49,6 +49,19 @@ class Layer:
         """Columns of one group's matrix, D."""
         return self.channels * self.kernel + 1
 
+    @property
+    def outputs(self) -> int:
+        """Rows of one group's matrix, O."""
+        if self.upwards:
+            return self.weight.shape[1]
+        if self.is_conv:
+            return self.weight.shape[0] // self.groups
+        return self.weight.shape[0 if self.transposed else 1]
+
+    def positions(self, y_shape: tuple[int, ...]) -> int:
+        """How many positions an output of this shape has; of a matrix product rows of each input."""
+        return int(np.prod(y_shape[2:] if self.is_conv else y_shape[1:-1]))
+
     def matrix(self) -> np.ndarray:
         """Weights and bias as (groups, O, D), float64."""
         w = np.asarray(self.weight, np.float64)
@@ -82,13 +95,13 @@ class Layer:
 
     def sample_positions(self, y_shape: tuple[int, ...], count: int, rng: np.random.Generator) -> np.ndarray:
         """Choose output positions, flat indexes into the output's space; all of them when there are few."""
-        total = int(np.prod(y_shape[2:])) if self.is_conv else 1
+        total = self.positions(y_shape)
         return np.arange(total) if total <= count else np.sort(rng.choice(total, count, replace=False))
 
     def columns(self, x: np.ndarray, y_shape: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
         """Return (groups, M, D) inputs at the positions, a trailing 1 for the bias; M = batch x positions."""
         if not self.is_conv:
-            rows = x.reshape(1, -1, x.shape[-1])
+            rows = x.reshape(len(x), -1, x.shape[-1])[:, positions].reshape(1, -1, x.shape[-1])
             return np.concatenate([rows, np.ones_like(rows[:, :, :1])], 2)
         rank = x.ndim - 2
         kernel = self.weight.shape[2:]
@@ -130,9 +143,7 @@ class Layer:
         rows = out.reshape(n * len(positions), self.groups, -1).transpose(1, 0, 2)
         return np.concatenate([rows, np.ones((*rows.shape[:2], 1), x.dtype)], 2)
 
-    def _cropped(
-        self, x: tuple[int, ...], y: tuple[int, ...], strides: list[int], dilations: list[int]
-    ) -> list[int]:
+    def _cropped(self, x: tuple[int, ...], y: tuple[int, ...], strides: list[int], dilations: list[int]) -> list[int]:
         """How much of a transposed convolution's full output is cut off at the beginning of each axis."""
         rank = len(strides)
         mode = str(self.node.attribute("auto_pad", "NOTSET"))
@@ -146,7 +157,7 @@ class Layer:
     def targets(self, y: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Return (groups, M, O) outputs at the positions."""
         if not self.is_conv:
-            return y.reshape(1, -1, y.shape[-1])
+            return y.reshape(len(y), -1, y.shape[-1])[:, positions].reshape(1, -1, y.shape[-1])
         n, channels = y.shape[:2]
         rows = (
             y.reshape(n, channels, -1)[:, :, positions].transpose(0, 2, 1).reshape(n * len(positions), self.groups, -1)
@@ -193,6 +204,14 @@ class ChannelLayer(Layer):
     def channels(self) -> int:
         return super().channels // getattr(self, "repeats", 1)
 
+    @property
+    def outputs(self) -> int:
+        return self.channels
+
+    def positions(self, x_shape: tuple[int, ...]) -> int:
+        """How many positions of each channel an input of this shape has."""
+        return int(np.prod(x_shape[2:])) if self.is_conv else self.repeats
+
     def matrix(self) -> np.ndarray:
         return np.concatenate([np.diag(self.norms), np.zeros((self.channels, 1))], 1)[None]
 
@@ -205,13 +224,8 @@ class ChannelLayer(Layer):
         new = np.einsum("ock,cj->ojk", blocks, mix[:, :-1], optimize=True).reshape(full.shape[1], -1)
         return plain.tensors(np.concatenate([new, bias[:, None]], 1)[None])
 
-    def sample_positions(self, x_shape: tuple[int, ...], count: int, rng: np.random.Generator) -> np.ndarray:
-        """Choose positions of the input: flat indexes into its space, or into a channel's repeats."""
-        total = int(np.prod(x_shape[2:])) if self.is_conv else self.repeats
-        return np.arange(total) if total <= count else np.sort(rng.choice(total, count, replace=False))
-
     def columns(self, x: np.ndarray, x_shape: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
-        rows = x.reshape(-1, self.channels, int(np.prod(x.shape[2:])) if self.is_conv else self.repeats)
+        rows = x.reshape(-1, self.channels, self.positions(x.shape))
         rows = rows[:, :, positions].transpose(0, 2, 1).reshape(1, -1, self.channels)
         return np.concatenate([rows, np.ones_like(rows[:, :, :1])], 2)
 

@@ -16,8 +16,8 @@ from .sites import Site, find_sites
 from .streams import Stream, alive
 
 RIDGE = 1e-3
-# Sampled positions of a layer.
-ROWS = 131072
+# Sampled positions of a layer, at most; and at least so many for each of its columns, where the maps have them.
+ROWS, FEWEST_ROWS = 131072, 2
 
 
 class Layerwise:
@@ -32,7 +32,11 @@ class Layerwise:
     widest: int
     """Layers with more columns are fitted channel by channel."""
     numbers: int
-    """What the samples of a layer's inputs may hold."""
+    """What the samples of a layer's inputs and outputs may hold."""
+    effort: float
+    """Multiply-accumulates that the products of all layers' samples may take; more positions are not sampled."""
+    passes: int = 1
+    """How often a sample's inputs are multiplied with its outputs."""
 
     def __init__(
         self,
@@ -59,25 +63,38 @@ class Layerwise:
         # How many inputs fit into memory from a node on, in one stream.
         held = np.maximum.accumulate(np.asarray(alive(self.graph, analysis.probe) or [1])[::-1])[::-1]
         self._room = MEMORY // np.maximum(held, 1)
+        work = sum(self._most_rows(site) * self._work(site) for site in self.sites)
+        self._density = min(1.0, self.effort / max(work, 1.0))
         self.keep = np.ones(analysis.units, bool) if keep is None else keep.copy()
 
     def _sample(self, site: Site, dense: Stream, pruned: Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Inputs (groups, M, D) of the pruned stream, dense targets (groups, M, O), what the pruned sum has already."""
         rng = np.random.default_rng([self.seed, site.node.index])
-        shape = dense.chunks[0][site.y].shape
+        layer, shape = site.layer, dense.chunks[0][site.y].shape
         images = sum(len(chunk[site.y]) for chunk in dense.chunks)
-        rows = min(ROWS, self.numbers // (site.layer.groups * site.layer.width))
-        per_image = max(1, rows // max(1, images))
-        xs, ts, others = [], [], []
+        rows = max(self._density * self._most_rows(site), FEWEST_ROWS * layer.width)
+        per_image = max(1, round(rows / max(1, images)))
+        xs, ts, others = Rows(), Rows(), Rows()
         for d, p in zip(dense.chunks, pruned.chunks, strict=True):
-            where = site.layer.sample_positions(shape, per_image, rng)
-            xs.append(site.layer.columns(p[site.x], shape, where))
-            ts.append(site.layer.targets(d[site.y], where))
+            where = layer.sample_positions(shape, per_image, rng)
+            part = images / len(d[site.y])
+            xs.add(layer.columns(p[site.x], shape, where), part)
+            target = layer.targets(d[site.y], where)
             if site.other is not None:
-                mine = site.layer.targets(p[site.other], where)
-                ts[-1] = ts[-1] + site.layer.targets(d[site.other], where)
-                others.append(mine)
-        return np.concatenate(xs, 1), np.concatenate(ts, 1), np.concatenate(others, 1) if others else None
+                target = target + layer.targets(d[site.other], where)
+                others.add(layer.targets(p[site.other], where), part)
+            ts.add(target, part)
+        return xs.values, ts.values, others.values if site.other is not None else None
+
+    def _most_rows(self, site: Site) -> int:
+        """Positions that there is memory for; as many as the map has, if all inputs were there."""
+        every = sum(map(size_of, self.chunks)) * site.layer.positions(self.analysis.probe.shapes[site.y])
+        return min(ROWS, every, self.numbers // (site.layer.groups * (site.layer.width + site.layer.outputs)))
+
+    def _work(self, site: Site) -> float:
+        """Multiply-accumulates for a position."""
+        layer = site.layer
+        return layer.groups * layer.width * (layer.width + self.passes * layer.outputs)
 
     def _open(self, site: Site, *streams: Stream) -> None:
         want = [site.x, site.y] + ([site.other] if site.other else [])
@@ -120,6 +137,27 @@ class Layerwise:
         weights[site.node.inputs[1]] = w
         if len(site.node.inputs) > 2 and site.node.inputs[2]:
             weights[site.node.inputs[2]] = b
+
+
+class Rows:
+    """Rows (groups, M, K) that come in parts: they are never held twice."""
+
+    def __init__(self) -> None:
+        self._room = np.empty((0, 0, 0))
+        self._used = 0
+
+    def add(self, values: np.ndarray, parts: float) -> None:
+        """Append (groups, m, K); the first time, room is made for ``parts`` times as many."""
+        groups, count, width = values.shape
+        if not self._used:
+            self._room = np.empty((groups, round(count * parts), width), values.dtype)
+        self._room[:, self._used : self._used + count] = values
+        self._used += count
+
+    @property
+    def values(self) -> np.ndarray:
+        """All rows."""
+        return self._room[:, : self._used]
 
 
 def free_parts(analysis: Analysis) -> list[Part]:

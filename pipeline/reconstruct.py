@@ -25,9 +25,11 @@ from .probing import Feeds
 from .sites import Site
 from .streams import Stream
 
-# Ridges that a layer's fit may have, those of one that has many columns, and the part of its positions that decides.
-RIDGES, FEW_RIDGES, MANY = (1e-4, 1e-3, 1e-2, 1e-1), (1e-3, 1e-2), 2000
+# Ridges that a layer's fit may have, and the part of its positions that decides which.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 DECIDING = 0.1
+# Of a layer with more columns the channels are those of the survey, and the ridge is the usual one.
+MANY = 2000
 RELU_PASSES = 4
 
 
@@ -40,6 +42,8 @@ class Reconstruction(Layerwise):
 
     widest = 6000
     numbers = 2**26
+    effort = 4e12
+    passes = 1 + 2 * RELU_PASSES
 
     def __init__(
         self,
@@ -61,7 +65,8 @@ class Reconstruction(Layerwise):
             units = self.parts[number].units
             if count >= len(units):
                 continue
-            if len(readers[number]) == 1 and readers[number][0].layer.groups == 1:
+            layer = readers[number][0].layer
+            if len(readers[number]) == 1 and layer.groups == 1 and layer.width <= MANY:
                 late.setdefault(readers[number][0].node.index, {})[number] = count
             else:
                 self.keep[units[paths[number].order[: len(units) - count]]] = False
@@ -132,8 +137,9 @@ class Reconstruction(Layerwise):
 
 def _ridge(most: Gram, check: Gram, w0: np.ndarray, use: np.ndarray) -> float:
     """The ridge whose fit to most positions is best on the others."""
-    ridges = RIDGES if len(w0[0]) <= MANY else FEW_RIDGES
-    return min(ridges, key=lambda ridge: check.error(solve(most, w0, use, ridge)))
+    if len(w0[0]) > MANY:
+        return RIDGE
+    return min(RIDGES, key=lambda ridge: check.error(solve(most, w0, use, ridge)))
 
 
 def _within(

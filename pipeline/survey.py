@@ -21,8 +21,8 @@ from .layerwise import RIDGE, Layerwise
 from .sites import Site
 from .streams import Stream
 
-# Parts that are kept at the levels that are measured, and where a look must do.
-LEVELS, FEW_LEVELS = (0.75, 0.5, 0.25, 0.0), (0.5, 0.0)
+# What is kept at the levels that are measured, and at the only one where a look must do.
+LEVELS, FEW_LEVELS = (0.75, 0.5, 0.25, 0.0), (0.5,)
 # Inputs that levels are measured on, at most and at least, and the multiply-accumulates that all of that may take;
 # with fewer than so many there are few levels.
 MEASURED, FEWEST, EFFORT = 256, 16, 4e12
@@ -42,6 +42,7 @@ class Survey(Layerwise):
 
     widest = 1200
     numbers = 2**25
+    effort = 2e12
 
     def statistics(self) -> Statistics:
         """Removal paths of all parts, and what removing costs at the output."""
@@ -115,6 +116,9 @@ class Survey(Layerwise):
                 self._put(weights, same[0][0], matrix)
             kept.append(stay)
             damage.append(divergence(dense, self._outputs(start.fork(weights))))
+        if kept[-1] > 0:  # damage is taken to grow like the error
+            kept.append(0)
+            damage.append(damage[-1] * path.error[-1] / max(path.error[len(units) - kept[-2]], 1e-12))
         return path, Curve(len(units), path.error, np.asarray(kept), np.asarray(damage))
 
     def _outputs(self, stream: Stream) -> Outputs:
