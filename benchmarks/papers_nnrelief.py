@@ -66,8 +66,8 @@ def ends(history: Sequence[Row], length: int) -> list[Row]:
 
     The last epoch before a pruning is measured behind it.
     """
-    kept = [max(at, 0) for at in range(length - 2, len(history) - length, length)]
-    return [history[at] for at in (*kept, len(history) - 1)]
+    before = [max(end - 1, 0) for end in range(length - 1, len(history) - length, length)]
+    return [history[at] for at in (*before, len(history) - 1)]
 
 
 def table_7(sheet: Sheet, options: argparse.Namespace, seed: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -99,10 +99,11 @@ def missing(claim: Claim, options: argparse.Namespace) -> str:
     """Return why a row is not measured; empty when it is to be."""
     wanted = not options.only or all(word in " ".join(claim.label).lower() for word in options.only)
     if not options.run:
-        return lacks_data(claim.dataset, options.data_dir) or "needs a GPU: see --run"
+        return lacks_data(claim.dataset, options.data_dir) or "needs a GPU"
     return lacks_data(claim.dataset, options.data_dir) if wanted else "not asked for"
 
 
+@cache
 def lacks_data(dataset: str, data_dir: Path) -> str:
     """Return what is said of a row whose data set is absent; empty when it is there."""
     try:

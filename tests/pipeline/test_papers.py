@@ -47,6 +47,12 @@ def test_nnrelief_page_has_mean_and_deviation_beside_what_is_published(scripts: 
     assert "| 1 | 20.00 | 3.00 |" in text  # after the pruning
 
 
+def test_course_has_one_entry_for_each_training(scripts: dict[str, Any]) -> None:
+    ends = scripts["papers_nnrelief"].ends
+    assert ends(list(range(15)), 5) == [3, 8, 14]
+    assert ends(list(range(3)), 1) == [0, 0, 2]
+
+
 def test_neurons_are_active_with_connections_on_both_sides(scripts: dict[str, Any]) -> None:
     import numpy as np
 

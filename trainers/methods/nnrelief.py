@@ -23,7 +23,10 @@ the first convolution of a ResNet is pruned like the others, and identity shortc
 
 Published (conv_alpha, alpha, rounds): LeNet-300-100 (-, .95, 15); LeNet-5 (.9, .95, 20); VGG-like .95, .95, 6; VGG-13
 .95, .95, 5; ResNet .95, .99, 10. The LeNets train and retrain for 60 epochs each: ``--epochs 960`` and ``1260``;
-shorter runs have fewer rounds by default. Scores come from 1000 training images, not augmented.
+shorter runs have fewer rounds by default. Scores come from 1000 training images, not augmented. The shares of weights
+left that are published need the paper's optimiser, whose decay empties connections in those epochs, and pixels from 0
+to 1, so that a pixel that is never on carries no signal: ``--optimizer adam-l2 --weight-decay 5e-4 --batch-size 120
+--milestones 0.5 --mean 0 --std 1 --augment none`` (``benchmarks/papers.py nnrelief``).
 """
 
 from __future__ import annotations
