@@ -126,7 +126,7 @@ class TrainConfig(BaseModel):
         rho: frank-wolfe-momentum, sfw: weight of the past in the average of gradients.
         fw_steps: frank-wolfe methods: Frank-Wolfe steps in each pruning.
         norm_share: fpgm-mix: part of ``prune_ratio`` that goes by the norm instead of the distance.
-        coupled: l1-filters, taylor, hrank: filters that meet others in a sum, as in a ResNet, go too, together.
+        coupled: methods that prune filters: those that meet others in a sum, as in a ResNet, go together with them.
         residual: nnrelief: channels of residual blocks that add next to nothing to the shortcut go; on for ResNets.
         augment: ``none``, ``shift`` (1 or 2 pixels), ``flip``, ``flip-crop``; ``None`` is the data set's own.
         validation: fraction of the training set that is held out, for every choice; 0 holds out none. 0.1, but 0 with

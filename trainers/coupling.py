@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -47,6 +48,22 @@ class Coupling:
     units: dict[nn.Module, torch.Tensor]
     norms: dict[nn.Module, torch.Tensor]
     components: list[torch.Tensor]
+
+    @classmethod
+    def separate(cls, layers: list[Layer]) -> Coupling:
+        """Return groups of one unit each, for layers whose channels meet no other's."""
+        ends = list(accumulate((len(layer.module.weight) for layer in layers), initial=0))
+        parts = [torch.arange(start, end) for start, end in pairwise(ends)]
+        return cls({layer.module: part for layer, part in zip(layers, parts, strict=True)}, {}, parts)
+
+    @property
+    def free(self) -> torch.Tensor:
+        """The groups that may go."""
+        return torch.cat([torch.tensor([], dtype=torch.long), *self.components])
+
+    def writers(self, layers: list[Layer]) -> list[Layer]:
+        """Return those of the layers that have units which may go."""
+        return [layer for layer in layers if torch.isin(self.units[layer.module], self.free).any()]
 
     def mean(self, scores: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
         """Return each group's mean over its units' scores; groups that have none get 0.

@@ -66,11 +66,16 @@ def placed(
         except ValueError as error:
             raise ConfigError("this process has trained on another device or precision; start a new one.") from error
         wrapped, optimizer = accelerator.prepare(model, optimizer)
+        made = Placed(_compiled(wrapped, config), optimizer, accelerator.backward)
         try:
-            yield Placed(_compiled(wrapped, config), optimizer, accelerator.backward)
+            yield made
         finally:
             accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-            accelerator.free_memory()  # its wrapper around the network must be gone before the processes part
+            # The wrapper around the network holds connections to the other processes, which threads serve. It must be
+            # gone before the processes part, and before Python ends, when such a thread would take the process down.
+            made.forward, made.backward = model, torch.Tensor.backward
+            del wrapped
+            accelerator.free_memory()  # collects garbage: the wrapper lies in a cycle
 
 
 def _compiled(model: nn.Module, config: TrainConfig) -> Forward:

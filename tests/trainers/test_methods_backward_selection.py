@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from prune_onnx.graph_ops.errors import ConfigError
 from prune_onnx.trainers.methods.backward_selection import BackwardSelection
-from prune_onnx.trainers.suffixes import Suffixes
-from prune_onnx.trainers.trace import Layer, trace
+from prune_onnx.trainers.suffixes import Suffixes, Unit
+from prune_onnx.trainers.trace import trace
 
 from .pruning_runs import attached, images, resumed_equals_uninterrupted
 
@@ -110,9 +110,9 @@ def test_lazy_choice_is_the_exact_one_here_and_costs_less(monkeypatch: pytest.Mo
     looked: list[int] = []
     original = Suffixes.without
 
-    def counted(self: Suffixes, layer: Layer, channels: list[int]) -> Iterator[torch.Tensor]:
-        looked.append(len(channels))
-        return original(self, layer, channels)
+    def counted(self: Suffixes, units: list[Unit]) -> Iterator[torch.Tensor]:
+        looked.append(len(units))
+        return original(self, units)
 
     monkeypatch.setattr(Suffixes, "without", counted)
     monkeypatch.setattr("prune_onnx.trainers.methods.backward_selection.LAZY", 3)
@@ -121,6 +121,65 @@ def test_lazy_choice_is_the_exact_one_here_and_costs_less(monkeypatch: pytest.Mo
     assert selected(chain(), 0.5, variant="lazy") == exact
     assert every == 9 + 8 + 7 + 6
     assert sum(looked) == 9 + 3 + 3 + 3
+
+
+class Stream(nn.Module):
+    """Two layers write a stream of four channels, one reads it behind a BatchNorm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.stem, self.branch = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.reader = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.last, self.fc = nn.Conv2d(4, 3, 3), nn.Linear(3, 3)
+        nn.init.normal_(self.reader.bias)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        x = x + self.norm(self.branch(x))
+        return self.fc(F.relu(self.last(F.relu(self.reader(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("variant", ["exact", "lazy"])
+def test_coupled_filters_are_one_candidate(variant: str) -> None:
+    """The same as brute force over the channels of the stream: what writes and what reads them is zero together."""
+    model = Stream()
+    inputs, labels = next(images().in_order(60))
+    brute, gone = copy.deepcopy(model).eval(), []
+
+    def drop(net: nn.Module, channel: int) -> None:
+        with torch.no_grad():
+            for layer, norm in (("stem", None), ("branch", "norm"), ("reader", None)):
+                _zero(dict(net.named_modules()), layer, norm, channel)
+
+    for _ in range(3):
+        losses = {}
+        for channel in set(range(4)) - set(gone):
+            other = copy.deepcopy(brute)
+            drop(other, channel)
+            losses[channel] = F.cross_entropy(other(inputs), labels).item()
+        gone.append(min(losses, key=lambda one: losses[one]))
+        drop(brute, gone[-1])
+    found = selected(model, 0.99, coupled=True, variant=variant)
+    assert found == {(name, channel) for name in ("stem", "branch") for channel in gone}
+    assert all((model.get_submodule(name).bias[gone] == 0).all() for name in ("stem", "branch", "norm", "reader"))
+
+
+def test_estimates_of_the_lazy_search_are_first_order_exact() -> None:
+    """The loss's derivative when a filter is faded out, at the beginning of it."""
+    model = chain().eval()
+    inputs, labels = next(images(20).in_order(20))
+    suffixes = Suffixes(model, inputs)
+    loss, slopes = suffixes.slopes(lambda logits: F.cross_entropy(logits, labels))
+    assert loss == pytest.approx(F.cross_entropy(model(inputs), labels).item())
+    for module in (model[1], model[3]):
+        for channel in range(len(slopes[module])):
+            fade = torch.ones(len(slopes[module]), requires_grad=True)
+            hook = module.register_forward_hook(lambda _m, _x, y, f=fade: y * f.view(1, -1, 1, 1))
+            (slope,) = torch.autograd.grad(F.cross_entropy(model(inputs), labels), fade)
+            hook.remove()
+            assert slopes[module][channel].item() == pytest.approx(-slope[channel].item(), abs=1e-6)
 
 
 def test_every_layer_keeps_one_filter() -> None:
@@ -140,7 +199,8 @@ def test_suffix_gives_what_a_whole_pass_without_the_channel_would(
         torch.testing.assert_close(suffixes.refresh(), copy.deepcopy(model).eval()(inputs))
         for layer in trace(model, inputs)[:-1]:
             channels = list(range(len(layer.module.weight)))[::-1]
-            for channel, found in zip(channels, suffixes.without(layer, channels), strict=True):
+            units = [((layer.norm or layer.module, (channel,)),) for channel in channels]
+            for channel, found in zip(channels, suffixes.without(units), strict=True):
                 other = copy.deepcopy(model).eval()
                 names = {module: name for name, module in model.named_modules()}
                 norm = names[layer.norm] if layer.norm else None

@@ -20,7 +20,7 @@ from prune_onnx.trainers.methods.filters import (
     alone,
     by_distance,
     by_l2,
-    mixed,
+    in_turn,
     share_of,
 )
 from prune_onnx.trainers.models import build_model
@@ -44,9 +44,9 @@ def test_distances_of_the_hand_checked_filters() -> None:
 def test_mix_takes_distances_among_those_that_the_norm_left() -> None:
     left = FILTERS[1:]
     assert by_distance(left).tolist() == pytest.approx([7.314214, 7.419201, 15.586592, 7.491579], abs=1e-5)
-    assert mixed(FILTERS, 0.2, 0.2).nonzero().flatten().tolist() == [0, 1]
-    assert mixed(FILTERS, 0.0, 0.2).nonzero().flatten().tolist() == [4]
-    assert mixed(FILTERS, 0.4, 0.0).nonzero().flatten().tolist() == [0, 4]
+    for norm, distance, gone in ((0.2, 0.2, [0, 1]), (0.0, 0.2, [4]), (0.4, 0.0, [0, 4])):
+        rules = MixedMedian(prune_ratio=norm + distance, norm_share=norm / (norm + distance)).rules()
+        assert in_turn(FILTERS, rules).nonzero().flatten().tolist() == gone
 
 
 @given(st.integers(1, 600), st.integers(0, 100))
@@ -133,7 +133,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
 
 def test_mix_divides_the_ratio() -> None:
     model = network()
-    expected = [mixed(model[index].weight.detach(), 0.3, 0.2).nonzero().flatten().tolist() for index in (0, 4)]
+    rules = [(by_l2, 0.3), (by_distance, 0.2)]
+    expected = [in_turn(model[index].weight.detach(), rules).nonzero().flatten().tolist() for index in (0, 4)]
     attached(MixedMedian(prune_ratio=0.5, norm_share=0.6), model).after_epoch(0.1, 1)
     assert [zero_filters(model[0]), zero_filters(model[4])] == expected
 

@@ -81,7 +81,9 @@ PROXIMAL_FLOPS = {
     "densenet40": (573_052_330, 456 * 64),
 }
 # FLOPs by NNrelief's formulas (appendix B), with a layer's output size.
-NNRELIEF_FLOPS = {"lenet300": 531_990, "lenet5": 4_614_930, "vgg-like": 627_480_054}
+NNRELIEF_FLOPS = {
+    "lenet300": 531_990, "lenet5": 4_614_930, "vgg-like": 627_480_054, "resnet20": 81_478_902, "resnet56": 252_036_342,
+}  # fmt: skip
 
 SMALLEST = {"lenet5": 16, "lenet5-bn": 16, "frank-wolfe-cnn": 10, "vgg13": 32, "vgg-like": 32} | dict.fromkeys(
     ("vgg11", "vgg14", "vgg16", "vgg19"), 16

@@ -17,6 +17,7 @@ sum goes together, by the mean of its filters' scores, each over its layer's mea
 
 The other three take every convolution and, as their authors do, weights only: a zeroed filter still gives the constant
 that BatchNorm makes of zero. It is exactly constant, so ``slim`` can remove it; the authors' program leaves that out.
+What meets in a sum can only be removed where all of it is constant: that is what ``coupled`` is for here.
 
 sfp needs long runs at a falling rate. With few steps an epoch BatchNorm lifts what has just come back to full size, and
 the last zeroing then costs what was built on it (scikit-learn's digits, 8 epochs of 20 steps: 25 %, fpgm-mix 95 %).
@@ -24,7 +25,7 @@ the last zeroing then costs what was built on it (scikit-learn's digits, 8 epoch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from ..config import Schedule, TrainConfig
 
 Score = Callable[[torch.Tensor], torch.Tensor]
+
+Rule = tuple[Score, float]
+"""A score, and which part of the filters goes by it."""
 
 
 def by_l1(filters: torch.Tensor) -> torch.Tensor:
@@ -70,11 +74,17 @@ def lowest_filters(weight: torch.Tensor, score: Score, count: int) -> torch.Tens
     return lowest([score(weight.flatten(1))], count)[0]
 
 
-def mixed(weight: torch.Tensor, norm_ratio: float, distance_ratio: float) -> torch.Tensor:
-    """Return which filters go by the norm, and then by their distances among those that are left, boolean (C,)."""
-    dead = lowest_filters(weight, by_l2, share_of(len(weight), norm_ratio))
-    left = (~dead).nonzero().flatten()
-    dead[left[lowest_filters(weight[left], by_distance, share_of(len(weight), distance_ratio))]] = True
+def in_turn(weight: torch.Tensor, rules: Sequence[Rule]) -> torch.Tensor:
+    """Return which filters go: by the first rule, by the next one among those that are left, and so on, boolean (C,).
+
+    Args:
+        weight: (C, ...).
+        rules: scores, and the fraction of all C that goes by each.
+    """
+    dead = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+    for score, ratio in rules:
+        left = (~dead).nonzero().flatten()
+        dead[left[lowest_filters(weight[left], score, share_of(len(weight), ratio))]] = True
     return dead
 
 
@@ -133,8 +143,7 @@ class FilterPruning(Pruning):
                 self.add_unit_masks(layer, units=True)
             return
         self._groups = couple(model, self._layers, next(self._images.in_order(2))[0])
-        free = torch.cat(self._groups.components) if self._groups.components else torch.tensor([], dtype=torch.long)
-        self._members = [layer for layer in self._layers if torch.isin(self._groups.units[layer.module], free).any()]
+        self._members, free = self._groups.writers(self._layers), self._groups.free
         self._taken = [layer for layer in self._members if is_convolution(layer)]
         for layer in self._members:
             self.add_unit_masks(layer, units=True)
@@ -165,9 +174,10 @@ class FilterPruning(Pruning):
             values = means[part.to(means.device)]
             count = pruned_count(ratio, len(part)) if together else share_of(len(part), ratio)
             dead.append(part[lowest([values], min(count, int(values.isfinite().sum())))[0].cpu()])
-        self._drop_groups(torch.cat(dead))
+        self.drop_groups(torch.cat(dead))
 
-    def _drop_groups(self, dead: torch.Tensor) -> None:
+    def drop_groups(self, dead: torch.Tensor) -> None:
+        """Mask groups, wherever they are written, and where a BatchNorm of its own reads them."""
         for layer in self._members:
             gone = torch.isin(self._groups.units[layer.module], dead)
             self.drop_units(layer, gone.to(layer.module.weight.device))
@@ -201,31 +211,71 @@ class SoftFilters(Masked):
 
     Attributes:
         prune_ratio: fraction of each layer's filters.
+        coupled: filters that meet in a sum become zero together.
     """
 
     name: ClassVar[str] = "sfp"
 
     prune_ratio: float = 0.4
+    coupled: bool = False
 
     @classmethod
     def defaults(cls, config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
-        return {"prune_ratio": 0.4}
+        return {"prune_ratio": 0.4, "coupled": False}
 
     @classmethod
     def check(cls, model: nn.Module) -> None:
         require_convolutions(model, cls.name)
 
-    def chosen(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return which filters of a layer become zero, boolean (C,)."""
-        return lowest_filters(weight, by_l2, share_of(len(weight), self.prune_ratio))
+    def rules(self) -> list[Rule]:
+        """Return the scores by which filters go, one after the other, and which part of them by each."""
+        return [(by_l2, self.prune_ratio)]
 
     def add_masks(self, model: nn.Module) -> None:
         """Take no masks: zeroed filters train on."""
+        self.find_layers(model)
+
+    def find_layers(self, model: nn.Module) -> None:
+        """Find the layers whose filters may go."""
+        self._taken = list(filter(is_convolution, self._layers))
+        if self.coupled:
+            self._groups = couple(model, self._layers, next(self._images.in_order(2))[0])
+            self._taken = self._groups.writers(self._layers)
+
+    def chosen(self) -> list[torch.Tensor]:
+        """Return which filters of each layer become zero, boolean (C,)."""
+        weights = [layer.module.weight for layer in self._taken]
+        if not self.coupled:
+            return [in_turn(weight, self.rules()) for weight in weights]
+        parts = [self._chosen_groups(part) for part in self._groups.components]
+        dead = torch.cat([torch.tensor([], dtype=torch.long), *parts])
+        of_layers = [torch.isin(self._groups.units[layer.module], dead) for layer in self._taken]
+        return [gone.to(weight.device) for gone, weight in zip(of_layers, weights, strict=True)]
+
+    def _chosen_groups(self, part: torch.Tensor) -> torch.Tensor:
+        """Return the groups of a set that become zero; every layer keeps one."""
+        groups = {layer.module: self._groups.units[layer.module] for layer in self._taken}
+        groups = {module: own for module, own in groups.items() if torch.isin(own, part).any()}
+        dead = part[:0]
+        for score, ratio in self.rules():
+            scores = {}
+            for module, own in groups.items():
+                left = ~torch.isin(own, dead)
+                values = relative(score(module.weight.cpu().flatten(1)[left]))
+                scores[module] = values.new_zeros(len(left)).masked_scatter(left, values)
+            means = self._groups.mean(scores)
+            for own in groups.values():
+                left = own[~torch.isin(own, dead)]
+                means[left[means[left].argmax()]] = torch.inf
+            left = part[~torch.isin(part, dead)]
+            count = min(share_of(len(part), ratio), int(means[left].isfinite().sum()))
+            dead = torch.cat([dead, left[lowest([means[left]], count)[0]]])
+        return dead
 
     @torch.no_grad()
     def after_epoch(self, lr: float, epoch: int = 0) -> None:
-        for layer in filter(is_convolution, self._layers):
-            layer.module.weight[self.chosen(layer.module.weight)] = 0
+        for layer, dead in zip(self._taken, self.chosen(), strict=True):
+            layer.module.weight[dead] = 0
 
 
 @dataclass
@@ -234,21 +284,23 @@ class GeometricMedian(SoftFilters):
 
     Attributes:
         prune_ratio: fraction of each layer's filters.
+        coupled: filters that meet in a sum become zero together.
     """
 
     name: ClassVar[str] = "fpgm"
 
-    def chosen(self, weight: torch.Tensor) -> torch.Tensor:
-        return lowest_filters(weight, by_distance, share_of(len(weight), self.prune_ratio))
+    def rules(self) -> list[Rule]:
+        return [(by_distance, self.prune_ratio)]
 
     def add_masks(self, model: nn.Module) -> None:
-        for layer in filter(is_convolution, self._layers):
+        self.find_layers(model)
+        for layer in self._taken:
             self._masks.add(layer.module, units=True)
 
     @torch.no_grad()
     def after_epoch(self, lr: float, epoch: int = 0) -> None:
-        for module, name in self._masks:
-            self._masks.set(module, name, ~self.chosen(module.weight))
+        for layer, dead in zip(self._taken, self.chosen(), strict=True):
+            self._masks.set(layer.module, "weight", ~dead)
         self._masks.apply()
         self._masks.clear(self._optimizer)
 
@@ -269,5 +321,5 @@ class MixedMedian(GeometricMedian):
     def defaults(cls, config: TrainConfig, schedule: Schedule) -> dict[str, Any]:
         return {**super().defaults(config, schedule), "norm_share": 0.25}
 
-    def chosen(self, weight: torch.Tensor) -> torch.Tensor:
-        return mixed(weight, self.prune_ratio * self.norm_share, self.prune_ratio * (1 - self.norm_share))
+    def rules(self) -> list[Rule]:
+        return [(by_l2, self.prune_ratio * self.norm_share), (by_distance, self.prune_ratio * (1 - self.norm_share))]

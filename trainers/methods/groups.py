@@ -198,7 +198,7 @@ class ExclusiveSparsity(GroupRegulariser):
 
     @staticmethod
     def gradient(kernels: torch.Tensor) -> torch.Tensor:
-        return 2 * _absolute(kernels).sum(2, keepdim=True) * kernels.sign()
+        return kernels.sign().mul_(2 * _absolute(kernels).sum(2, keepdim=True))
 
 
 @dataclass
@@ -215,7 +215,7 @@ class GroupL12(GroupRegulariser):
     @staticmethod
     def gradient(kernels: torch.Tensor) -> torch.Tensor:
         least = SMALL * kernels.shape[2] * kernels.shape[3]
-        return kernels.sign() / (2 * _absolute(kernels).sum(2, keepdim=True).clamp_min(least).sqrt())
+        return kernels.sign().div_(2 * _absolute(kernels).sum(2, keepdim=True).clamp_min(least).sqrt())
 
 
 @dataclass
@@ -232,7 +232,7 @@ class HsqGL(GroupRegulariser):
     @staticmethod
     def gradient(kernels: torch.Tensor) -> torch.Tensor:
         norms = torch.linalg.vector_norm(kernels, dim=3, keepdim=True)
-        return 2 * norms.sum(2, keepdim=True) * kernels / _positive(norms)
+        return kernels * (2 * norms.sum(2, keepdim=True) / _positive(norms))
 
 
 @dataclass
@@ -249,7 +249,7 @@ class HsqES(GroupRegulariser):
     @staticmethod
     def gradient(kernels: torch.Tensor) -> torch.Tensor:
         sums = _absolute(kernels)
-        return 4 * sums.square().sum(2, keepdim=True) * sums * kernels.sign()
+        return kernels.sign().mul_(4 * sums.square().sum(2, keepdim=True) * sums)
 
 
 @dataclass
@@ -267,7 +267,7 @@ class HsqGL12(GroupRegulariser):
     def gradient(kernels: torch.Tensor) -> torch.Tensor:
         sums = _absolute(kernels)
         roots = sums.clamp_min(SMALL * kernels.shape[3]).sqrt()
-        return kernels.sign() * (sums.sqrt().sum(2, keepdim=True) / roots)
+        return kernels.sign().mul_(sums.sqrt().sum(2, keepdim=True) / roots)
 
 
 def soft_threshold(kernels: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -283,7 +283,7 @@ def _norms(kernels: torch.Tensor) -> torch.Tensor:
 
 def _absolute(kernels: torch.Tensor) -> torch.Tensor:
     """Return the kernels' L1 norms, (part, group, kernel, 1)."""
-    return kernels.abs().sum(3, keepdim=True)
+    return torch.linalg.vector_norm(kernels, ord=1, dim=3, keepdim=True)
 
 
 def _positive(norms: torch.Tensor) -> torch.Tensor:
