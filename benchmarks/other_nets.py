@@ -104,7 +104,7 @@ class Segmenter(Net):
         "skips that are concatenated."
     )
     columns: ClassVar = {"iou": "mean IoU, %", "pixels": "right pixels, %", "same": "same class as dense, %"}
-    images, epochs, test_images = 5000, 5, 1000
+    images, epochs, test_images = 4000, 8, 1000
 
     def __init__(self, data_dir: Path, runs: Path) -> None:
         self.data_dir, self.path, self.inputs = data_dir, runs / f"{self.name}.onnx", runs / f"{self.name}.npz"
@@ -151,7 +151,7 @@ class Detector(Net):
     }  # fmt: skip
     mean, std = (127 / 255,), (128 / 255,)
     size = (240, 320)
-    crops = 8
+    crops = 4
     certain = 0.5
 
     def __init__(self, path: Path, pictures: Path, runs: Path) -> None:
@@ -206,10 +206,10 @@ class Detector(Net):
 def networks(options: argparse.Namespace, runs: Path) -> dict[str, Net]:
     """All networks that there is data for, by name."""
     nets: list[Net] = [
-        Cifar("vgg11-cifar10", "VGG-11 of 3/8 of the width, 6 epochs.", options.data_dir, runs,
-              model="vgg11", width=0.375, epochs=6, lr=0.05),
-        Cifar("mobilenetv2-cifar10", "MobileNetV2 of half the width (mobilenet.py), 7 epochs.", options.data_dir, runs,
-              model="mobilenet:mobilenet_v2", width=0.5, epochs=7, lr=0.1),
+        Cifar("vgg11-cifar10", "VGG-11 of 3/8 of the width, 4 epochs.", options.data_dir, runs,
+              model="vgg11", width=0.375, epochs=4, lr=0.05),
+        Cifar("mobilenetv2-cifar10", "MobileNetV2 of half the width (mobilenet.py), 5 epochs.", options.data_dir, runs,
+              model="mobilenet:mobilenet_v2", width=0.5, epochs=5, lr=0.1),
         Segmenter(options.data_dir, runs),
     ]  # fmt: skip
     if options.ultraface is not None:

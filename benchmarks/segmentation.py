@@ -25,7 +25,7 @@ RECIPE = Preprocessing((0.5,) * 3, (0.25,) * 3, size=(SIDE, SIDE))
 VISIBLE = 40
 """Pixels of a garment that are darker than this are background."""
 WIDTHS = (16, 32, 64)
-BATCH = 50
+BATCH = 25
 RATE = 3e-3
 
 

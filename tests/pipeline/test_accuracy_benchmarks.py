@@ -17,8 +17,8 @@ from prune_onnx.pipeline.sessions import create_session, run_session
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 RESULTS = FOLDER / "results"
-PAGES = {"exact": "exact", "posttraining": "posttraining", "other_nets": "other_nets"}
-"""Results to the script that writes them."""
+PAGES = ("exact", "posttraining", "other_nets")
+"""Results that the script of the same name writes."""
 
 
 @pytest.fixture
@@ -32,11 +32,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-@pytest.mark.parametrize(("results", "name"), PAGES.items())
-def test_pages_say_what_is_stored(script: Any, results: str, name: str) -> None:
-    stored = json.loads((RESULTS / f"{results}.json").read_text())
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_say_what_is_stored(script: Any, name: str) -> None:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"benchmarks/{name}.py has not been run")
+    stored = json.loads(path.read_text())
     page = script(name).page(stored["rows"], script("stored").origin(stored["environment"]))
-    assert page == (RESULTS / f"{results}.md").read_text()
+    assert page == path.with_suffix(".md").read_text()
     assert all("date" in row for row in stored["rows"])
 
 
