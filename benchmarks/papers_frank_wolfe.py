@@ -19,6 +19,11 @@ PUBLISHED = {
 SAMPLES = 500
 """Images of which the loss is taken that chooses the weights, 20 times in each pruning."""
 
+PUBLISHED_LEFT = {
+    "dense": "100%", "magnitude": "about 50%", "frank-wolfe": "a little less", "frank-wolfe-momentum": "a little less",
+}  # fmt: skip
+"""Weights, of its Figure 2."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "magnitude": {"rounds": 1},
@@ -76,10 +81,10 @@ def page(rows: list[Row]) -> list[str]:
         "",
     ]
     columns = sorted({row["before"] for row in rows})
-    heads = [f">{before} epochs before" for before in columns]
+    heads = [f">{before} epoch{'s' * (before > 1)} before" for before in columns]
     entries = [
-        [name, "paper", "half", *(PUBLISHED.get(before, {}).get(name, "") for before in columns)]
-        for name in PUBLISHED[1]
+        [name, "paper", left, *(PUBLISHED.get(before, {}).get(name, "") for before in columns)]
+        for name, left in PUBLISHED_LEFT.items()
     ]
     keys = dict.fromkeys((row["method"], row["ratio"], row["after"]) for row in rows)
     for method, ratio, after in sorted(keys, key=lambda key: (key[1], key[2])):
@@ -91,7 +96,15 @@ def page(rows: list[Row]) -> list[str]:
             cells.append(f"**{spread(row['accuracy'] for row in mine)}** ({len(mine)})" if mine else "not run")
         entries.append([method, f"here, {after} epochs after", f"{1 - ratio:.0%}", *cells])
     lines += table(["method", "", ">weights left", *heads], entries)
-    lines += ["In brackets: seeds.", "", "## Commands", ""]
+    lines += [
+        "In brackets: seeds. The plot has the validation images; the networks of frank-wolfe-momentum are measured "
+        "right after each pruning there, before they are trained again.",
+        "",
+        "![Validation accuracy over epochs](papers-frank-wolfe.png)",
+        "",
+        "## Commands",
+        "",
+    ]
     return [*lines, *commands_list(rows)]
 
 
@@ -117,7 +130,7 @@ def draw(rows: list[Row], path: Path) -> None:
             middle = np.concatenate([[np.mean(start)], courses.mean(0)])
             panel.plot(epochs, middle, marker="o", markersize=3, label="dense control" if method == "plain" else method)
             panel.fill_between(epochs[1:], courses.min(0), courses.max(0), alpha=0.15)
-        panel.set_title(f"{before} epochs before, {1 - ratio:.0%} of the weights left", fontsize=9)
+        panel.set_title(f"{before} epoch{'s' * (before > 1)} before, {1 - ratio:.0%} of the weights left", fontsize=9)
         panel.set_xlabel("epochs in all")
     panels[0][0].set_ylabel("validation accuracy, %")
     panels[0][0].legend(fontsize=7)

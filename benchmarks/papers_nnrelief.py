@@ -149,10 +149,10 @@ def page(rows: list[Row]) -> list[str]:
     head = ["network", "", ">prunings", ">epochs each", ">seeds", ">error %", ">weights left %"]
     lines += table(head, entries)
     for row in first:
-        lines += [
-            f"{row['network']}, seed {row['seed']}, {row['epochs']} epochs each, one epoch before the next pruning:"
-        ]
-        lines += [""]
+        if row["epochs"] == 1:  # its epochs are all measured behind a pruning
+            continue
+        about = f"{row['network']}, seed {row['seed']}, {row['epochs']} epochs each"
+        lines += [f"{about}, one epoch before the next pruning:", ""]
         cells = [
             [str(n), f"{100 * (1 - at['zero_weights'] / row['weights']):.2f}",
              f"{100 * (1 - at['validation_accuracy']):.2f}"]

@@ -73,7 +73,7 @@ def test_frank_wolfe_page_and_plot(scripts: dict[str, Any], tmp_path: Path) -> N
     rows += [row("frank-wolfe", seed, 91.0 + seed, 0.5, 5) for seed in (0, 1)]
     page = scripts["papers_frank_wolfe"]
     text = "\n".join(page.page(rows))
-    assert "| frank-wolfe | paper | half | .88 |" in text
+    assert "| frank-wolfe | paper | a little less | .88 |" in text
     assert "| frank-wolfe | here, 5 epochs after | 50% | **91.50 ± 0.71** (2) |" in text
     assert "| plain | here, 5 epochs after | 100% | **92.00** (1) |" in text
     page.draw(rows, tmp_path / "plot.png")
