@@ -65,6 +65,9 @@ class Accuracy(Model):
     validation: float | None
     test: float
 
+COMPACT = "compact.onnx"
+"""What methods that work on weights leave as well: the model without what became dead."""
+
 
 class Sparsity(Model):
     """Channels of all BatchNorm layers, and those whose scale is exactly zero.
@@ -185,6 +188,9 @@ def _train(config: TrainConfig, ranks: Ranks, progress: Progress) -> TrainResult
             save_network(network, run / ARTIFACTS["model"], recipe)
         else:
             export_onnx(network, shape, run / ARTIFACTS["model"], recipe, provenance)
+    artifacts = {kind: str(run / name) for kind, name in ARTIFACTS.items()}
+    if ranks.first and sparsity.zero_weights:
+        artifacts["compact"] = str(_compact(run, progress))
     result = TrainResult(
         seconds=time.perf_counter() - began,
         environment=environment,
@@ -196,11 +202,22 @@ def _train(config: TrainConfig, ranks: Ranks, progress: Progress) -> TrainResult
         accuracy=after,
         accuracy_before_finish=before,
         sparsity=sparsity,
-        artifacts={kind: str(run / name) for kind, name in ARTIFACTS.items()},
+        artifacts=artifacts,
     )
     if ranks.first:
         result.write(run / ARTIFACTS["result"])
     return result
+
+
+def _compact(run: Path, progress: Progress) -> Path:
+    """Finish a method that works on weights: write the model without the channels that their zeros made dead."""
+    from .slim import slim
+    from .slim_schema import SlimConfig
+
+    small = run / COMPACT
+    result = slim(SlimConfig(input=run / ARTIFACTS["model"], output=small, force=True))
+    progress.note(f"{small}: {result.removed.channels:,} channels that became dead are gone, exactly")
+    return small
 
 
 def _check_names(config: TrainConfig) -> None:
@@ -308,7 +325,7 @@ def _batches(
 
 def _open_run(run: Path, config: TrainConfig, environment: dict[str, Any]) -> None:
     """Take an older run away and write what describes the new one."""
-    for name in (*ARTIFACTS.values(), BEST):
+    for name in (*ARTIFACTS.values(), COMPACT, BEST):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / BOARD, ignore_errors=True)
     write_text(run / ARTIFACTS["config"], config.to_toml())

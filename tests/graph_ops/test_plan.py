@@ -260,3 +260,15 @@ def test_what_is_left_of_a_group_with_dead_channels_is_aligned(fraction: float) 
     keep = Planner(analysis, importance(analysis, "l2"), dead, budget).solve()
     for group in analysis.groups[:-1]:
         assert keep[group.units].sum() % 8 == 0, group.name
+
+
+def test_network_slimming_removes_as_many_as_asked_for() -> None:
+    """Of |gamma| = .1 .2 .2 .3 a quarter is one. The official rule keeps what is above sorted[1], and removes three."""
+    net = Net()
+    y = net.bn(net.conv(net.input(1, 3, 4, 4), 4), gamma=np.asarray([0.2, 0.1, 0.3, 0.2]))
+    analysis, _ = analysed(net.model(net.head(net.relu(y))))
+    scores = importance(analysis, "bn-gamma")
+    budget = Budget("keep_channels", 0.75, "global", 1, 0.0)
+    kept = Planner(analysis, scores, np.ones(analysis.units, bool), budget).solve()
+    group = next(g for g in analysis.groups if len(g.units) == 4)
+    assert kept[group.units].tolist() == [True, False, True, True]

@@ -322,3 +322,22 @@ def test_pictures_that_do_not_fit_into_memory_train_the_same_network(tmp_path: P
         files.append((tmp_path / name / "model.onnx").read_bytes())
     assert files[0] == files[1]
     assert [note for note in heard.notes if "stay in their files" in note]
+
+
+def test_methods_on_weights_finish_with_the_graph_pass(tmp_path: Path) -> None:
+    """What the zeros made dead is gone from compact.onnx, which computes what model.onnx does."""
+    options = {"method": "nnrelief", "lambda": None, "epochs": 4, "rounds": 2, "conv_alpha": 0.6, "alpha": 0.6}
+    result = train(config(tmp_path / "run", **options))
+    assert result.artifacts == {
+        **{kind: str(tmp_path / "run" / name) for kind, name in ARTIFACTS.items()},
+        "compact": str(tmp_path / "run" / "compact.onnx"),
+    }
+    x = np.random.default_rng(0).standard_normal((16, 1, 8, 8), np.float32)
+    before, after = (onnxruntime.InferenceSession(result.artifacts[kind]) for kind in ("model", "compact"))
+    wide, narrow = (session.run(None, {session.get_inputs()[0].name: x})[0] for session in (before, after))
+    np.testing.assert_allclose(narrow, wide, rtol=1e-4, atol=1e-4 * np.abs(wide).max())
+    large, small = (onnx.load(result.artifacts[kind]).graph.initializer for kind in ("model", "compact"))
+    assert sum(np.prod(t.dims) for t in small) < sum(np.prod(t.dims) for t in large)
+    again = train(config(tmp_path / "run", method="plain", epochs=1, force=True, **{"lambda": None}))
+    assert "compact" not in again.artifacts
+    assert not (tmp_path / "run" / "compact.onnx").exists()
