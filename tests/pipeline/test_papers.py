@@ -149,7 +149,7 @@ def test_rows_are_measured_once(
 def test_small_pages_are_measured(scripts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scripts["papers_nnrelief"].RECIPE, "dataset", "digits")
     out = tmp_path / "relief"
-    common = [str(tmp_path), "--seeds", "0", "--images", "300", "--resume"]
+    common = [str(tmp_path), "--seeds", "0", "--images", "120", "--resume"]
     scripts["papers"].main(
         ["nnrelief", *common, "--networks", "lenet300", "--epochs", "1", "--rounds", "2", "--out", str(out)]
     )
