@@ -18,8 +18,8 @@ candidates of a layer are evaluated together (:mod:`..suffixes`). ``"lazy"`` eva
 best. What a candidate costs (the loss without it, less the loss) changes little while others go, so what it cost when
 last looked at is an estimate of what it costs now, corrected by how the first-order estimate, -sum z * dL/dz over its
 map, has changed since; that takes one backward pass for all candidates. They are looked at in the order of these
-estimates, :data:`LAZY` at least, until the next one's lies above the best by more than the estimates have been wrong
-of late.
+estimates, :data:`LAZY` at least, until the next one's lies above the best by :data:`MARGIN` times as much as estimates
+have been wrong of late.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ IMAGES = 128
 
 LAZY = 4
 
-RECENT = 64
-"""Estimates whose errors say how wrong the next ones may be."""
+RECENT, MARGIN = 64, 4.0
+"""Estimates whose errors say how wrong the next ones may be, and by which multiple of the largest of them. (With 1, the
+choice differed in 12 of 60 rounds on a network of 1,056 filters, by gaps of a millionth; with 4 in none.)"""
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Search:
         estimates = {one: seen.cost + slope[one] - seen.slope for one, seen in known.items()}
         order = sorted(allowed, key=lambda one: (estimates[one], one))
         costs: dict[int, float] = {}
-        while order and (not costs or estimates[order[0]] < min(costs.values()) + max(self._errors)):
+        while order and (not costs or estimates[order[0]] < min(costs.values()) + MARGIN * max(self._errors)):
             part = [one for one in order if estimates[one] == -math.inf] or order[:LAZY]
             order = order[len(part) :]
             exact = {one: without - loss for one, without in self._losses(part).items()}
