@@ -115,11 +115,16 @@ def test_lazy_choice_is_the_exact_one_here_and_costs_less(monkeypatch: pytest.Mo
         return original(self, units)
 
     monkeypatch.setattr(Suffixes, "without", counted)
-    monkeypatch.setattr("prune_onnx.trainers.methods.backward_selection.LAZY", 3)
+    module = "prune_onnx.trainers.methods.backward_selection"
+    monkeypatch.setattr(f"{module}.LAZY", 3)
     exact = selected(chain(), 0.5)
     every, looked[:] = sum(looked), []
     assert selected(chain(), 0.5, variant="lazy") == exact
     assert every == 9 + 8 + 7 + 6
+    assert sum(looked) < every
+    monkeypatch.setattr(f"{module}.MARGIN", 1.0)
+    looked.clear()
+    assert selected(chain(), 0.5, variant="lazy") == exact
     assert sum(looked) == 9 + 3 + 3 + 3
 
 
