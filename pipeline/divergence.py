@@ -35,7 +35,7 @@ def divergence(dense: Outputs, other: Outputs) -> float:
     Of a classifier, which has a single output (N, classes), the Kullback-Leibler divergence at a temperature, averaged
     over the inputs: at temperature 1 a network is certain of the inputs that it was trained on, and damage would hardly
     show. Of everything else (maps, boxes, several outputs) the squared error over the squared deviation of the dense
-    output from its mean, averaged over the outputs.
+    output from its mean over the inputs, averaged over the outputs.
     """
     if len(dense) == 1 and dense[0].ndim == 2 and dense[0].shape[1] > 1:
         p, q = (_log_softmax(_logits(z[0].astype(np.float64)) / TEMPERATURE) for z in (dense, other))
@@ -46,7 +46,7 @@ def divergence(dense: Outputs, other: Outputs) -> float:
 
 
 def _relative(dense: np.ndarray, other: np.ndarray) -> float:
-    energy = np.square(dense - dense.mean()).sum()
+    energy = np.square(dense - (dense.mean(0) if len(dense) > 1 else dense.mean())).sum()
     return float(np.square(dense - other).sum() / max(energy, 1e-30))
 
 
