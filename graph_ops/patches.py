@@ -16,6 +16,9 @@ import numpy as np
 
 from .graph import Node
 
+# Outputs of a wide layer whose weights are changed at a time.
+OUTPUTS = 64
+
 
 class Layer:
     """A Conv, ConvTranspose, Gemm or MatMul with a constant weight, as a matrix.
@@ -197,8 +200,17 @@ class ChannelLayer(Layer):
         """
         super().__init__(node, weight, bias)
         self.repeats, self.kernel = repeats, 1
-        blocks = super().matrix()[0, :, :-1].reshape(super().matrix().shape[1], self.channels, -1)
-        self.norms = np.maximum(np.sqrt((blocks**2).sum((0, 2))), 1e-12)
+        blocks = self._blocks(weight)
+        squares = np.einsum("ock,ock->c", blocks, blocks, dtype=np.float64)
+        self.norms = np.maximum(np.sqrt(squares), 1e-12)
+
+    def _blocks(self, weight: np.ndarray) -> np.ndarray:
+        """A view of the weights, or of an array in their layout, as (outputs, channels, weights of one channel)."""
+        if self.upwards:
+            return weight.reshape(self.channels, weight.shape[1], -1).swapaxes(0, 1)
+        if self.is_conv or self.transposed:
+            return weight.reshape(weight.shape[0], self.channels, -1)
+        return weight.reshape(self.channels, -1, weight.shape[1]).transpose(2, 0, 1)
 
     @property
     def channels(self) -> int:
@@ -216,13 +228,15 @@ class ChannelLayer(Layer):
         return np.concatenate([np.diag(self.norms), np.zeros((self.channels, 1))], 1)[None]
 
     def tensors(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        plain = Layer(self.node, self.weight, self.bias)
-        full = plain.matrix()
-        blocks = full[0, :, :-1].reshape(full.shape[1], self.channels, -1)
         mix = matrix[0] / self.norms[:, None]
-        bias = full[0, :, -1] + blocks.sum(2) @ mix[:, -1]
-        new = np.einsum("ock,cj->ojk", blocks, mix[:, :-1], optimize=True).reshape(full.shape[1], -1)
-        return plain.tensors(np.concatenate([new, bias[:, None]], 1)[None])
+        new = np.empty_like(self.weight)
+        old, room = self._blocks(self.weight), self._blocks(new)
+        bias = np.zeros(len(old)) if self.bias is None else np.asarray(self.bias, np.float64).reshape(-1)
+        bias = bias + old.sum(2, dtype=np.float64) @ mix[:, -1]
+        for i in range(0, len(old), OUTPUTS):  # in float64 all at once would take more room than the model
+            part = np.asarray(old[i : i + OUTPUTS], np.float64)
+            room[i : i + OUTPUTS] = np.einsum("ock,cj->ojk", part, mix[:, :-1], optimize=True)
+        return new, bias.astype(self.weight.dtype)
 
     def columns(self, x: np.ndarray, x_shape: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
         rows = x.reshape(-1, self.channels, self.positions(x.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -26,7 +27,6 @@ class Layerwise:
     Attributes:
         sites: the layers.
         parts: what is counted together: units of a channel group that occur in the same layers, all of them free.
-        keep: units that stay.
     """
 
     widest: int
@@ -43,7 +43,6 @@ class Layerwise:
         analysis: Analysis,
         chunks: Sequence[Feeds],
         *,
-        keep: np.ndarray | None = None,
         seed: int = 0,
         progress: Progress = SILENT,
     ) -> None:
@@ -52,7 +51,6 @@ class Layerwise:
         Args:
             analysis: of the graph, its BatchNorms folded.
             chunks: calibration inputs, in batches that the graph takes.
-            keep: units that stay, where that is decided already.
             seed: of the sampled positions.
             progress: told how far it is.
         """
@@ -65,7 +63,6 @@ class Layerwise:
         self._room = MEMORY // np.maximum(held, 1)
         work = sum(self._most_rows(site) * self._work(site) for site in self.sites)
         self._density = min(1.0, self.effort / max(work, 1.0))
-        self.keep = np.ones(analysis.units, bool) if keep is None else keep.copy()
 
     def _sample(self, site: Site, dense: Stream, pruned: Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Inputs (groups, M, D) of the pruned stream, dense targets (groups, M, O), what the pruned sum has already."""
@@ -119,9 +116,10 @@ class Layerwise:
 
     def shared(self) -> set[int]:
         """Parts that several layers read."""
-        return {number for number, sites in self._readers().items() if len(sites) > 1}
+        return {number for number, sites in self.readers.items() if len(sites) > 1}
 
-    def _readers(self) -> dict[int, list[Site]]:
+    @cached_property
+    def readers(self) -> dict[int, list[Site]]:
         """The sites that read each part; parts that anything else reads are left alone."""
         by_contraction = {s.contraction.node.index: s for s in self.sites if s.contraction is not None}
         result: dict[int, list[Site]] = {}

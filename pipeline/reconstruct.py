@@ -37,6 +37,7 @@ class Reconstruction(Layerwise):
     """The pass over both networks.
 
     Attributes:
+        keep: units that stay.
         weights: refitted operands, by (node index, input index).
     """
 
@@ -54,12 +55,14 @@ class Reconstruction(Layerwise):
         seed: int = 0,
         progress: Progress = SILENT,
     ) -> None:
-        super().__init__(analysis, chunks, keep=keep, seed=seed, progress=progress)
+        """Prepare; ``keep`` are the units that stay, where that is decided already."""
+        super().__init__(analysis, chunks, seed=seed, progress=progress)
+        self.keep = np.ones(analysis.units, bool) if keep is None else keep.copy()
         self.weights: dict[tuple[int, int], np.ndarray] = {}
 
     def run(self, counts: dict[int, int], paths: dict[int, Path]) -> None:
         """Prune every part to its count and refit all layers; ``keep`` and ``weights`` hold the result."""
-        readers = self._readers()
+        readers = self.readers
         late: dict[int, dict[int, int]] = {}  # parts that are chosen at a site, on the pruned network's own inputs
         for number, count in counts.items():
             units = self.parts[number].units

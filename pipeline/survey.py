@@ -48,7 +48,7 @@ class Survey(Layerwise):
         """Removal paths of all parts, and what removing costs at the output."""
         readers: dict[int, list[tuple[Site, Reader]]] = {}
         found = Statistics()
-        reading = self._readers()
+        reading = self.readers
         stream = self._stream(1)
         starts: dict[int, Stream] = {}
         first = {number: min(s.node.index for s in sites) for number, sites in reading.items()}

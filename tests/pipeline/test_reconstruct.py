@@ -111,11 +111,11 @@ def test_what_is_cut_off_need_not_be_fitted(monkeypatch, bounds):
 
 def test_parts_of_a_padded_stream_are_cut_by_themselves():
     graph = Graph(padded_stream())
-    work = Reconstruction(analyse(graph, probe(graph)[0]), batches())
-    found = survey.Survey(work.analysis, batches()).statistics()
-    stream = [n for n in found.paths if len(work._readers()[n]) > 1 or len(work.parts[n].units) == 8]
-    sizes = sorted(len(work.parts[n].units) for n in stream)
-    assert sizes == [8, 8, 8]  # the first block's inside, and the stream's two parts
+    work = survey.Survey(analyse(graph, probe(graph)[0]), batches())
+    found = work.statistics()
+    inside = [n for n in found.paths if n not in work.shared()]
+    assert sorted(len(work.parts[n].units) for n in inside) == [8, 8, 16]  # of both blocks, and the second stage's own
+    assert [len(work.parts[n].units) for n in found.paths if n in work.shared()] == [8]
 
 
 def test_inputs_that_join_pass_the_layers_as_they_are():
