@@ -24,11 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bars
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from prune_onnx.graph_ops.files import write_text
 from prune_onnx.pipeline import bench
 from prune_onnx.pipeline.environment import capture
 from prune_onnx.pipeline.eval_schema import EvalConfig
@@ -191,16 +191,12 @@ def verdicts(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
+    """Return the page."""
     facts = found["environment"]
-    rows = [f"| {bar} | {value} | {'yes' if met else '**no**'} |" for bar, value, met in verdicts(found)]
     loads = [run["load_1min"] for run in [*found["identical"], *found["slower"]]]
-    return "\n".join([
-        "# How far eval can be trusted", "",
-        f"`python benchmarks/eval_bars.py {found['model']}` · {facts['date']} · {facts['cpu']}, "
-        f"{facts['cores']} cores, load {min(loads):.1f} to {max(loads):.1f} · "
-        + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()), "",
-        "| bar | measured | met |", "| --- | --- | --- |", *rows, "",
-    ])  # fmt: skip
+    command = f"python benchmarks/eval_bars.py {found['model']}"
+    load = f"load {min(loads):.1f} to {max(loads):.1f}"
+    return bars.page("How far eval can be trusted", command, facts, load, verdicts(found))
 
 
 def main() -> None:
@@ -225,12 +221,7 @@ def main() -> None:
     found["command_overhead_s"] = [command_overhead(options.model) for _ in range(CALLS)]
     threads = [1, 2] if (environment["cores"] or 1) > 1 else [1]
     found["bare_loop"] = [against_bare_loop(options.model, feed, count) for count in threads]
-    print(markdown(found))
-    if options.out:
-        write_text(options.out.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
-        write_text(options.out.with_suffix(".md"), markdown(found))
-    if not all(met for _, _, met in verdicts(found)):
-        sys.exit("a bar is not met")
+    bars.finish(markdown(found), found, verdicts(found), options.out)
 
 
 if __name__ == "__main__":

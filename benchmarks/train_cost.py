@@ -21,7 +21,6 @@ Everything takes six minutes on two cores. Without --data-dir images are noise, 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -32,13 +31,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import bars
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import data
 
-from prune_onnx.graph_ops.files import write_text
 from prune_onnx.graph_ops.memory import keep_at_hand
 from prune_onnx.pipeline import bench
 from prune_onnx.pipeline.environment import capture
@@ -401,14 +400,9 @@ def verdicts(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
 def markdown(found: dict[str, Any]) -> str:
     """Return the page."""
     facts = found["environment"]
-    rows = [f"| {bar} | {value} | {'yes' if met else '**no**'} |" for bar, value, met in verdicts(found)]
-    return "\n".join([
-        "# What training costs", "",
-        f"`{' '.join(['python', *facts['argv']])}` · {facts['date']} · {facts['cpu']}, {facts['cores']} cores, "
-        f"{found['threads']} threads, load {facts['load_1min']:.1f} · "
-        + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()), "",
-        "| bar | measured | met |", "| --- | --- | --- |", *rows, "",
-    ])  # fmt: skip
+    command = " ".join(["python", *facts["argv"]])
+    machine = f"{found['threads']} threads, load {facts['load_1min']:.1f}"
+    return bars.page("What training costs", command, facts, machine, verdicts(found))
 
 
 def main() -> None:
@@ -443,12 +437,7 @@ def main() -> None:
     if "selection" in options.parts:
         print("backward selection", file=sys.stderr)
         found["selection"] = selections()
-    print(markdown(found))
-    if options.out:
-        write_text(options.out.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
-        write_text(options.out.with_suffix(".md"), markdown(found))
-    if not all(met for _, _, met in verdicts(found)):
-        sys.exit("a bar is not met")
+    bars.finish(markdown(found), found, verdicts(found), options.out)
 
 
 if __name__ == "__main__":

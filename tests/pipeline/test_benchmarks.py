@@ -23,6 +23,12 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 Save = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let scripts find the modules beside them, as ``python benchmarks/NAME.py`` does."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
     assert spec is not None
@@ -105,3 +111,9 @@ def test_the_gpus_benchmark_writes_both_files_and_names_what_is_missing(save_lin
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@pytest.mark.parametrize("name", ["eval_bars", "train_cost"])
+def test_pages_of_bars_say_what_is_stored(name: str) -> None:
+    path = FOLDER / "results" / f"{name}.json"
+    assert script(name).markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
