@@ -77,9 +77,8 @@ def pruned(model: onnx.ModelProto, fraction: float) -> tuple[Reconstruction, flo
 @pytest.mark.parametrize("make", NETS.values(), ids=NETS)
 def test_every_part_is_pruned_and_made_up_for(make):
     work, plain, fitted = pruned(make(), 0.5)
-    free = [part for part in work.parts if not work.analysis.pinned[part.units].any()]
-    assert free
-    assert all(work.keep[part.units].sum() == len(part.units) // 2 for part in free)
+    assert len(work.parts) >= 2
+    assert all(work.keep[part.units].sum() == len(part.units) // 2 for part in work.parts)
     assert fitted < 0.65 * plain
 
 
