@@ -24,7 +24,7 @@ from .streams import alive
 BATCH = 128
 CHUNK = 2**27
 """Bytes of activations that a batch may take; a single input may take more."""
-MEMORY = 5 * 2**28
+MEMORY = 9 * 2**27
 """Bytes that cached activations may take: where all inputs would take more, some join in later layers."""
 STREAMS = 2
 """Networks that are run side by side, the dense and the pruned one."""

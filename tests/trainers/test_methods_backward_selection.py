@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from prune_onnx.graph_ops.errors import ConfigError
+from prune_onnx.trainers.deltas import Change
+from prune_onnx.trainers.from_onnx import OnnxModule
 from prune_onnx.trainers.methods.backward_selection import BackwardSelection
+from prune_onnx.trainers.models import build_model
+from prune_onnx.trainers.models.densenet import DenseNet
+from prune_onnx.trainers.models.preresnet import PreResNet
 from prune_onnx.trainers.suffixes import Suffixes, Unit
-from prune_onnx.trainers.trace import trace
+from prune_onnx.trainers.trace import evaluating, trace
 
 from .pruning_runs import attached, images, resumed_equals_uninterrupted
 
@@ -193,25 +200,134 @@ def test_every_layer_keeps_one_filter() -> None:
     assert ((model[0].weight != 0).flatten(1).any(1).sum(), (model[3].weight != 0).flatten(1).any(1).sum()) == (1, 1)
 
 
-@pytest.mark.parametrize("model", [chain(), Shortcut()], ids=["chain", "shortcut"])
-def test_suffix_gives_what_a_whole_pass_without_the_channel_would(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Block(nn.Module):
+    """Pre-activation, depthwise convolution, concatenation, overwriting calls, and a layer that runs twice."""
+
+    def __init__(self, *, joined: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.deep = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, 2, 1, groups=4)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (4, 4, 4, 12))
+        self.twice, self.paired = nn.Conv2d(4, 4, (3, 1), padding=(1, 0)), nn.Conv2d(4, 4, 2, groups=2)
+        self.last, self.fc = nn.Conv2d(12, 3, 1), nn.Linear(3 * 9, 3)
+        self.joined = joined
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu6(self.norms[0](self.stem(x)), inplace=True)
+        x = self.norms[1](self.deep(x))
+        y = F.silu(self.twice(F.relu(x)))
+        y = self.twice(y) - 0.5 * y
+        if self.joined:
+            y.add_(x)
+            F.leaky_relu_(y, 0.1)
+        x, y = F.max_pool2d(x, 2, 1), F.avg_pool2d(self.norms[2](y), 2, 1)
+        x = torch.cat([y, x, self.paired(F.pad(x, (0, 1, 0, 1)))], 1)
+        x = self.last(F.hardswish(self.norms[3](x)))
+        return self.fc(x.view(x.size(0), -1))
+
+
+def onnx_network() -> nn.Module:
+    """Return a network from an ONNX file: padding on one side, a residual sum, a mean over the map, a product."""
+    draws = np.random.default_rng(4)
+    shapes = {"a": (4, 1, 3, 3), "b": (4, 4, 3, 3), "c": (3, 4, 1, 1), "w": (3, 3), "bias": (3,), "s": (4, 1, 1)}
+    shapes |= dict.fromkeys(("scale", "shift", "mean", "var"), (4,))
+    weights = [onnx.numpy_helper.from_array(draws.random(shape, np.float32), n) for n, shape in shapes.items()]
+    node = onnx.helper.make_node
+    nodes = [
+        node("Conv", ["x", "a"], ["1"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        node("BatchNormalization", ["1", "scale", "shift", "mean", "var"], ["2"]),
+        node("Relu", ["2"], ["3"]), node("PRelu", ["1", "s"], ["1p"]),
+        node("MaxPool", ["3"], ["4"], kernel_shape=[2, 2], strides=[1, 1], pads=[0, 0, 1, 1]),
+        node("Conv", ["4", "b"], ["5"], auto_pad="SAME_UPPER"), node("Add", ["5", "1p"], ["6"]),
+        node("Sigmoid", ["6"], ["7"]), node("Conv", ["7", "c"], ["8"]), node("GlobalAveragePool", ["8"], ["9"]),
+        node("Flatten", ["9"], ["10"]), node("Gemm", ["10", "w", "bias"], ["y"], transB=1),
+    ]  # fmt: skip
+    value = onnx.helper.make_tensor_value_info
+    ends = value("x", 1, ["n", 1, 8, 8]), value("y", 1, ["n", 3])
+    graph = onnx.helper.make_graph(nodes, "g", [ends[0]], [ends[1]], weights)
+    return OnnxModule(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9))
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Give BatchNorms numbers of their own."""
+    torch.manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for value in (module.weight.data, module.bias.data, module.running_mean):
+                nn.init.normal_(value)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+class Sequence(nn.Module):
+    """Convolutions of one axis and of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.one, self.other = nn.Conv1d(1, 4, 3, 2, 1), nn.Conv1d(4, 5, 3, 2, dilation=2)
+        self.solid, self.norm, self.end = nn.Conv3d(1, 4, 2), nn.BatchNorm3d(4), nn.Conv3d(4, 2, (2, 1, 1))
+        self.fc = nn.Linear(5 + 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        line = self.other(torch.tanh(self.one(x.flatten(2)))).mean(-1)
+        cube = self.end(self.norm(self.solid(x.reshape(-1, 1, 4, 4, 4)))).mean(dim=(2, 3, 4))
+        return self.fc(torch.cat((line, cube), dim=1))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "chain": chain, "shortcut": Shortcut, "stream": Stream, "block": Block, "onnx": onnx_network,
+    "in place": lambda: Block(joined=True), "one and three axes": Sequence,
+    "resnet20": lambda: build_model("resnet20", 3, (1, 8, 8)),
+    "densenet": lambda: DenseNet(2, 3, (1, 8, 8), 0.34), "preresnet": lambda: PreResNet(1, 3, (1, 8, 8), 0.25),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_suffix_gives_what_a_whole_pass_without_the_channels_would(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prune_onnx.trainers.suffixes.STACKED", 5000)  # a few channels at a time
+    model = lively(NETWORKS[name]())
     inputs, _ = next(images(6).in_order(6))
     suffixes = Suffixes(model, inputs)
     with torch.no_grad():
-        torch.testing.assert_close(suffixes.refresh(), copy.deepcopy(model).eval()(inputs))
+        torch.testing.assert_close(suffixes.refresh(), copy.deepcopy(model).eval()(inputs), rtol=1e-4, atol=1e-5)
         for layer in trace(model, inputs)[:-1]:
-            channels = list(range(len(layer.module.weight)))[::-1]
-            units = [((layer.norm or layer.module, (channel,)),) for channel in channels]
-            for channel, found in zip(channels, suffixes.without(units), strict=True):
-                other = copy.deepcopy(model).eval()
-                names = {module: name for name, module in model.named_modules()}
-                norm = names[layer.norm] if layer.norm else None
-                _zero(dict(other.named_modules()), layer.name, norm, channel)
-                torch.testing.assert_close(found, other(inputs), rtol=1e-5, atol=1e-6)
+            width = min(len(layer.module.weight), 6)
+            place = layer.norm or layer.module
+            pairs = [(0, width - 1)] * (width > 1)
+            units = [((place, channels),) for channels in [(c,) for c in range(width)][::-1] + pairs]
+            found = torch.cat(list(suffixes.without(units)))
+            for ((_, channels),), output in zip(units, found, strict=True):
+                torch.testing.assert_close(output, masked(model, inputs, place, channels), rtol=1e-4, atol=2e-5)
     assert model.training
+
+
+def masked(model: nn.Module, inputs: torch.Tensor, place: nn.Module, channels: tuple[int, ...]) -> torch.Tensor:
+    """Return what the whole network gives where channels of a module's output are zero."""
+
+    def mask(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(1, torch.tensor(channels), 0)
+
+    hook = place.register_forward_hook(mask)
+    with evaluating(model):
+        output = model(inputs)
+    hook.remove()
+    return output
+
+
+@pytest.mark.parametrize("name", ["chain", "block", "densenet", "one axis"])
+def test_only_what_changes_is_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No map is copied for a channel that meets nothing but channels of its own."""
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 62, 3))
+    last = {"chain": ["1", "3"], "block": ["norms.3", "norms.2"], "densenet": ["blocks.13.conv"], "one axis": ["0"]}
+    model = model if name == "one axis" else lively(NETWORKS[name]())
+    inputs, _ = next(images(6).in_order(6))
+    suffixes = Suffixes(model, inputs.flatten(2) if name == "one axis" else inputs)
+    suffixes.refresh()
+    monkeypatch.setattr(Change, "whole", lambda _change: pytest.fail("a whole map was made"))
+    for place in last[name]:
+        outputs = list(suffixes.without([((model.get_submodule(place), (channel,)),) for channel in (0, 2)]))
+        assert [len(output) for output in outputs] == [2]
 
 
 @pytest.mark.parametrize("rewind", [True, False])
