@@ -1,4 +1,5 @@
-"""What the methods' papers publish beside what this program measures: a sub-command a paper.
+"""What the methods' papers publish beside what this program measures: a sub-command a paper, and NNrelief has two. (The
+fifth of the papers, a survey of pruning, publishes no measurements.)
 
     python benchmarks/papers.py nnrelief DATA_DIR [--networks lenet300 lenet5] [--epochs 60] [--seeds 0 1 2] [--resume]
     python benchmarks/papers.py frank-wolfe DATA_DIR [--pretrain 1 10] [--retrain 5] [--seeds 0 1 2] [--resume]

@@ -166,16 +166,16 @@ def page(rows: list[Row]) -> list[str]:
 def sevenths(rows: list[Row]) -> list[str]:
     """Return the tables of one pruning."""
     lines = ["## Tables 6 and 7: LeNet-300-100 after one pruning", ""]
-    entries = [[name, "paper", f"{KEPT}", " - ".join(map(str, sizes))] for name, sizes in NEURONS.items()]
+    entries = [[name, "paper, 60 epochs", f"{KEPT}", " - ".join(map(str, sizes))] for name, sizes in NEURONS.items()]
     entries += [
-        [name, f"seed {row['seed']}", f"{row['left']:.1f}", " - ".join(map(str, sizes))]
+        [name, f"{row['epochs']} epochs, seed {row['seed']}", f"{row['left']:.1f}", " - ".join(map(str, sizes))]
         for row in rows
         for name, sizes in row["neurons"].items()
     ]
     lines += table(["by", "", ">weights left %", ">active neurons"], entries or [["", "", "", "not run"]])
-    shared = [[name, "paper", *(f"{value:.2f}" for value in values)] for name, values in OVERLAPS.items()]
+    shared = [[name, "paper, 60 epochs", *(f"{value:.2f}" for value in values)] for name, values in OVERLAPS.items()]
     shared += [
-        [name, f"seed {row['seed']}", *(f"{value:.2f}" for value in row["overlaps"][name])]
+        [name, f"{row['epochs']} epochs, seed {row['seed']}", *(f"{value:.2f}" for value in row["overlaps"][name])]
         for row in rows
         for name in OVERLAPS
     ]
