@@ -201,8 +201,9 @@ def page(rows: list[Row], origin: str) -> str:
         origin,
         "",
         f"{images} unlabelled training images, no labels; no gradient step but in `train --teacher`, which learns the",
-        "answers of the dense network to the same images. Top-1 in percent; *bar*: the figure to go for. Latency: CPU",
-        "provider, batch of one, measured in turns with the original. "
+        "answers of the dense network to the same images. Top-1 in percent; *bar*: the figure to go for. Seconds are",
+        "those of one core, which other runs shared. Latency: CPU provider, batch of one, measured in turns with the "
+        "original. "
         f"The MACs are within {_furthest(rows):.1%} of those asked for.",
         "",
         "![top-1 over MACs](posttraining-macs.png)",
@@ -255,8 +256,12 @@ def _tables(net: str, rows: list[Row]) -> list[str]:
     ]
 
 
+NEAR = 12.0
+"""Points below the dense network that the lower panels show."""
+
+
 def draw(rows: list[Row], out: Path) -> None:
-    """Top-1 over what is left of the MACs, and over what is left of the latency; a panel for each network."""
+    """Top-1 over what is left of the MACs, and of the latency: a column for each network, its upper end below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -268,23 +273,29 @@ def draw(rows: list[Row], out: Path) -> None:
         "latency": ("share of the measured latency", lambda row: row["latency_share"]),
     }
     for kind, (label, share) in kinds.items():
-        figure, panels = pyplot.subplots(1, len(nets), figsize=(4.6 * len(nets), 4.2), squeeze=False)
-        for net, panel in zip(nets, panels[0], strict=True):
+        figure, panels = pyplot.subplots(2, len(nets), figsize=(5 * len(nets), 7.6), squeeze=False, sharex="col")
+        for column, net in enumerate(nets):
             mine = [row for row in rows if row["net"] == net]
             dense = [(1.0, row["top1"]) for row in mine if row["variant"] == DENSE]
-            for variant, name in LABELS.items():
-                points = sorted((share(row), row["top1"]) for row in mine if row["variant"] == variant)
-                if points:
-                    x, y = zip(*points, *dense, strict=True)
-                    style = "--" if variant in PEERS else "-"
-                    panel.plot(x, y, style, marker="o", markersize=4, label=name.replace("**", "").replace("`", ""))
-            panel.plot(*zip(*dense, strict=True), "k*", markersize=11) if dense else None
-            panel.set_title(net, fontsize=10)
-            panel.set_xlabel(label)
-            panel.grid(linewidth=0.3)
-        panels[0][0].set_ylabel("top-1, %")
-        panels[0][0].legend(fontsize=6)
-        figure.tight_layout()
+            for panel in panels[:, column]:
+                for color, (variant, name) in enumerate(LABELS.items()):
+                    points = sorted((share(row), row["top1"]) for row in mine if row["variant"] == variant)
+                    if points:
+                        look = {"marker": "o", "markersize": 4, "color": f"C{color}"}
+                        style, plain = "--" if variant in PEERS else "-", name.replace("**", "").replace("`", "")
+                        panel.plot(*zip(*points, *dense, strict=True), style, label=plain, **look)
+                panel.plot(*zip(*dense, strict=True), "k*", markersize=11) if dense else None
+                panel.grid(linewidth=0.3)
+            panels[0][column].set_title(net, fontsize=10)
+            panels[1][column].set_xlabel(label)
+            if dense:
+                panels[1][column].set_ylim(dense[0][1] - NEAR, dense[0][1] + 1)
+        for panel in panels[:, 0]:
+            panel.set_ylabel("top-1, %")
+        handles = [panel.get_legend_handles_labels() for panel in panels.flat]
+        named = {text: line for lines, texts in handles for line, text in zip(lines, texts, strict=True)}
+        figure.tight_layout(rect=(0, 0.09, 1, 1))
+        figure.legend(named.values(), named, loc="lower center", ncols=3, fontsize=8, frameon=False)
         figure.savefig(out.with_name(f"{out.name}-{kind}.png"), dpi=130)
         pyplot.close(figure)
 
