@@ -151,6 +151,7 @@ def folder(tmp_path: Path) -> tuple[PictureFiles, np.ndarray]:
     return open_folder(tmp_path)[0], images
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pictures_in_files_give_the_batches_of_pictures_in_memory(folder, workers: int) -> None:
     files, images = folder
