@@ -25,7 +25,7 @@ from .streams import Stream
 LEVELS, FEW_LEVELS = (0.75, 0.5, 0.25, 0.0), (0.5,)
 # Inputs that levels are measured on, at most and at least, and the multiply-accumulates that all of that may take;
 # with fewer than so many there are few levels.
-MEASURED, FEWEST, EFFORT = 256, 16, 2.5e12
+MEASURED, FEWEST, EFFORT = 256, 16, 2e12
 MANY = 64
 
 
@@ -42,7 +42,7 @@ class Survey(Layerwise):
 
     widest = 1200
     numbers = 2**25
-    effort = 1.5e12
+    effort = 1.2e12
 
     def statistics(self) -> Statistics:
         """Removal paths of all parts, and what removing costs at the output."""

@@ -283,7 +283,7 @@ def _norms(kernels: torch.Tensor) -> torch.Tensor:
 
 def _absolute(kernels: torch.Tensor) -> torch.Tensor:
     """Return the kernels' L1 norms, (part, group, kernel, 1)."""
-    return torch.linalg.vector_norm(kernels, ord=1, dim=3, keepdim=True)
+    return kernels.abs().sum(3, keepdim=True)  # vector_norm takes twenty times as long for norms other than 2
 
 
 def _positive(norms: torch.Tensor) -> torch.Tensor:
