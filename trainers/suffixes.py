@@ -72,17 +72,18 @@ def _works_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     return named or bool(node.kwargs.get("inplace"))
 
 
-def _without_overwriting(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
+def _without_overwriting(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
     """Let nodes that work in place do so on a copy, which later nodes then take; return the copies."""
     order = {node: index for index, node in enumerate(graph.nodes)}
-    copies = []
+    copies = set()
     for node, number in order.items():
         source = node.args[0] if node.args else None
         if isinstance(source, fx.Node) and _works_in_place(node, modules.get(str(node.target))):
             with graph.inserting_before(node):
-                copies.append(graph.call_method("clone", (source,)))
+                copy = graph.call_method("clone", (source,))
             source.replace_all_uses_with(node, lambda user, after=number: order.get(user, -1) > after)
-            node.update_arg(0, copies[-1])
+            node.update_arg(0, copy)
+            copies.add(copy)
     return copies
 
 

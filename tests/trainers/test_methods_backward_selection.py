@@ -286,11 +286,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_suffix_gives_what_a_whole_pass_without_the_channels_would(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prune_onnx.trainers.suffixes.STACKED", 5000)  # a few channels at a time
-    model = lively(NETWORKS[name]())
-    inputs, _ = next(images(6).in_order(6))
+    model = lively(NETWORKS[name]()).double()
+    inputs = next(images(6).in_order(6))[0].double()
     suffixes = Suffixes(model, inputs)
     with torch.no_grad():
-        torch.testing.assert_close(suffixes.refresh(), copy.deepcopy(model).eval()(inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(suffixes.refresh(), copy.deepcopy(model).eval()(inputs), rtol=1e-10, atol=1e-11)
         for layer in trace(model, inputs)[:-1]:
             width = min(len(layer.module.weight), 6)
             place = layer.norm or layer.module
@@ -298,7 +298,7 @@ def test_suffix_gives_what_a_whole_pass_without_the_channels_would(name: str, mo
             units = [((place, channels),) for channels in [(c,) for c in range(width)][::-1] + pairs]
             found = torch.cat(list(suffixes.without(units)))
             for ((_, channels),), output in zip(units, found, strict=True):
-                torch.testing.assert_close(output, masked(model, inputs, place, channels), rtol=1e-4, atol=2e-5)
+                torch.testing.assert_close(output, masked(model, inputs, place, channels), rtol=1e-10, atol=1e-11)
     assert model.training
 
 
