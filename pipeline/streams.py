@@ -47,6 +47,7 @@ class Stream:
         self.weights = weights if weights is not None else {}
         self.position = position
         self._last_use = {name: max(node.index for node, _ in readers) for name, readers in graph.readers.items()}
+        self._followers = followers(graph)
 
     def fork(self, weights: dict[str, np.ndarray], chunks: int | None = None) -> Stream:
         """A second stream from here on, with other weights, over the first ``chunks`` chunks."""
@@ -97,15 +98,19 @@ class Stream:
         return run
 
     def _moving(self, start: int, until: int) -> list[Node]:
-        """Nodes of a stretch whose outputs depend on the inputs or on their sizes."""
+        """Nodes of a stretch whose outputs depend on the inputs or on their sizes, and are not known."""
         return [
             n
             for n in self.graph.nodes[start:until]
-            if any(out in self.graph.dynamic or out in self.probe.varying for out in n.outputs)
+            if any(out in self._followers and not self._known(out) for out in n.outputs)
         ]
+
+    def _known(self, name: str) -> bool:
+        return name in self.probe.values and name not in self.probe.varying
 
     def _segment(self, nodes: list, fetch: list[str]) -> onnx.ModelProto:
         """A model of a few nodes: cached tensors are inputs, static ones initializers."""
+        nodes = self._with_constants(nodes)
         made = {out for n in nodes for out in n.outputs}
         reads = dict.fromkeys(
             name for n in nodes for name in [*n.inputs, *sorted(n.captured)] if name and name not in made
@@ -120,7 +125,7 @@ class Stream:
                 model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(self.weights[name]), name))
             elif name in self.graph.initializers:
                 model.graph.initializer.append(inline(self.graph.initializers[name]))
-            elif name in self.probe.values and name not in self.probe.varying:
+            elif self._known(name):
                 model.graph.initializer.append(numpy_helper.from_array(self.probe.values[name], name))
             else:
                 array = self.chunks[0][name]
@@ -128,6 +133,30 @@ class Stream:
                 model.graph.input.append(helper.make_tensor_value_info(name, kind, [None] * array.ndim))
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetch)
         return model
+
+
+    def _with_constants(self, nodes: list[Node]) -> list[Node]:
+        """The nodes, behind those that make the constants which they read and nobody has looked at."""
+        found = {n.index: n for n in nodes}
+        open_nodes = list(nodes)
+        while open_nodes:
+            node = open_nodes.pop()
+            for name in (*node.inputs, *node.captured):
+                maker = self.graph.producer.get(name)
+                if maker is None or maker.index in found or name in self._followers or self._known(name):
+                    continue
+                found[maker.index] = maker
+                open_nodes.append(maker)
+        return [found[index] for index in sorted(found)]
+
+
+def followers(graph: Graph) -> set[str]:
+    """Return the names of all tensors that follow from the inputs' values or sizes, the inputs among them."""
+    found = {value.name for value in graph.inputs}
+    for node in graph.nodes:
+        if any(name in found for name in (*node.inputs, *node.captured)):
+            found.update(out for out in node.outputs if out)
+    return found
 
 
 def alive(graph: Graph, probe: Probe) -> list[int]:

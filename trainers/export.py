@@ -67,6 +67,7 @@ def export_onnx(
         OutputError: the file cannot be written.
     """
     network = copy.deepcopy(model).cpu().float().eval()
+    network = network.to(memory_format=torch.contiguous_format)  # channels last, flatten(1) would become a Gather
     example = torch.zeros(EXAMPLE_BATCH, *in_shape)
     with _quiet():
         try:

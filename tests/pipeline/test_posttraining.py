@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 from pydantic import ValidationError
 
 from prune_onnx.graph_ops.analysis import analyse
@@ -69,6 +70,40 @@ def test_stream_computes_what_the_whole_network_does(setting):
             for chunk, feeds in zip(stream.chunks, chunks, strict=True):
                 np.testing.assert_allclose(chunk[node.outputs[0]], runner.run([node.outputs[0]], feeds)[0], atol=1e-5)
     assert set(stream.chunks[0]) == set(graph.outputs), "tensors that nobody reads any more are kept"
+
+
+def index_net() -> onnx.ModelProto:
+    """A network that flattens as torch's as_strided does: positions are computed from the batch size, at the end."""
+    net = Net(opset=18)
+    x = net.relu(net.conv(net.input("n", 3, 8, 8), 12, pads=[1, 1, 1, 1]))
+    x = net.op("GlobalAveragePool", net.relu(net.conv(x, 16, pads=[1, 1, 1, 1])))
+    batch = net.op("Squeeze", net.op("Shape", "x", start=0, end=1), net.const(np.asarray([0])))
+    zero, one, width = (net.op("Constant", value=numpy_helper.from_array(np.asarray(v))) for v in (0, 1, 16))
+    starts = net.op("Unsqueeze", net.op("Mul", net.op("Range", zero, batch, one), width), net.const(np.asarray([1])))
+    where = net.op("Add", starts, net.const(np.arange(16)[None]))
+    y = net.op("Gather", net.op("Reshape", x, net.const(np.asarray([-1]))), where)
+    return net.model(net.gemm(y, 5))
+
+
+def test_what_follows_from_the_batch_size_is_computed_when_it_is_read(tmp_path):
+    graph = Graph(index_net())
+    x = images(96)
+    chunks = [{"x": x[:64]}, {"x": x[64:]}]
+    stream = Stream(graph, probe(graph)[0], chunks)
+    for node in graph.nodes:
+        stream.advance(node.index + 1, node.outputs if node.op_type == "Conv" else ())
+    whole = outputs(graph.model, chunks)[0]
+    np.testing.assert_allclose(np.concatenate([c[graph.outputs[0]] for c in stream.chunks]), whole, atol=1e-5)
+    onnx.save(graph.model, tmp_path / "model.onnx")
+    np.save(tmp_path / "inputs.npy", x)
+    result = slim(
+        SlimConfig(
+            input=tmp_path / "model.onnx", output=tmp_path / "small.onnx", keep_macs=0.6, align=1,
+            calibration=str(tmp_path / "inputs.npy"),
+        )
+    )  # fmt: skip
+    assert result.after.macs <= 0.6 * result.before.macs
+    assert result.verification.max_rel_diff < 1e-5
 
 
 def test_forked_stream_goes_on_with_other_weights(setting):

@@ -176,6 +176,17 @@ def test_listed_networks_are_exported_whole(tmp_path: Path, name: str, in_shape:
     assert sum(node.op_type == "BatchNormalization" for node in proto.graph.node) == norms
 
 
+def test_network_with_channels_last_gives_the_same_graph() -> None:
+    recipe = Preprocessing(mean=(0.5,), std=(0.5,), size=(32, 32))
+    network = build_model("vgg11", 10, (3, 32, 32), width=0.125)
+    graphs = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        graph = export_onnx(network.to(memory_format=layout), (3, 32, 32), None, recipe, {}).graph
+        graphs.append([(node.op_type, list(node.input), list(node.output)) for node in graph.node])
+    assert graphs[0] == graphs[1]
+    assert next(network.parameters()).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_exporter_is_silent(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
