@@ -180,8 +180,10 @@ def _train(config: TrainConfig, ranks: Ranks, progress: Progress) -> TrainResult
         loss = Distillation(teacher, network, config.temperature, next(training.in_order(2))[0])
     history = fit(network, method, config, training, validation, run=run, loss=loss, progress=progress)
     before = _measure(network, validation, test)
+    trained = {name: value.clone() for name, value in network.state_dict().items()}
     sparsity = Sparsity(**method.finish(network))
-    after = _measure(network, validation, test)
+    changed = any(not value.equal(trained[name]) for name, value in network.state_dict().items())
+    after = _measure(network, validation, test) if changed else before
     _compare(before, after, config.method, progress)
     if ranks.first:
         if is_onnx(config.model):
