@@ -43,7 +43,7 @@ class Reconstruction(Layerwise):
 
     widest = 6000
     numbers = 2**26
-    effort = 2.5e12
+    effort = 2.2e12
     passes = 1 + 2 * RELU_PASSES
 
     def __init__(

@@ -42,7 +42,7 @@ class Survey(Layerwise):
 
     widest = 1200
     numbers = 2**25
-    effort = 1.2e12
+    effort = 1e12
 
     def statistics(self) -> Statistics:
         """Removal paths of all parts, and what removing costs at the output."""

@@ -25,6 +25,7 @@ from prune_onnx.pipeline.train import ARTIFACTS, Accuracy, TrainResult, _compare
 from prune_onnx.trainers import checkpoint, loop
 from prune_onnx.trainers.config import TrainConfig
 from prune_onnx.trainers.data import load_dataset
+from prune_onnx.trainers.methods.proximal_ns import ProximalNS
 
 pytest.importorskip("sklearn")
 
@@ -74,6 +75,28 @@ def test_run_folder_holds_exactly_what_the_result_names(finished: tuple[Path, Tr
     assert lines[-1]["validation_accuracy"] == result.accuracy_before_finish.validation
     assert lines[-1]["dead_channels"] == result.sparsity.dead_channels
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize(("finish", "measured"), [("changes", 2), ("leaves", 1)])
+def test_network_is_measured_again_only_when_its_method_changed_it(
+    finish: str, measured: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def finished(method: ProximalNS, model: torch.nn.Module) -> dict[str, int]:
+        if finish == "changes":
+            with torch.no_grad():
+                next(model.parameters()).zero_()
+        return method.sparsity(model)
+
+    def measure(*arguments: object) -> Accuracy:
+        calls.append(arguments)
+        return Accuracy(validation=0.5, test=0.5)
+
+    monkeypatch.setattr(ProximalNS, "finish", finished)
+    monkeypatch.setattr("prune_onnx.pipeline.train._measure", measure)
+    train(config(tmp_path / "run", epochs=1))
+    assert len(calls) == measured
 
 
 def test_file_computes_in_onnxruntime_what_torch_measured(finished: tuple[Path, TrainResult]) -> None:
