@@ -89,7 +89,7 @@ command = StageCommand(
     sections={
         "What to train": ("model", "dataset", "method", "output", "resume", "epochs", "width", "init",
                           "reinit", "budget_of", "stretch"),
-        "Distillation: another network's answers in the place of labels": ("teacher", "temperature"),
+        "Distillation: another network's answers in the place of labels": ("teacher", "temperature", "cutmix"),
         "Data": ("data", "train_size", "data_dir", "download", "validation", "augment", "mean", "std", "memory",
                  "workers"),
         "Optimisation": (

@@ -177,7 +177,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: Progress) -> TrainResult
 
     loss = supervised
     if teacher is not None:
-        loss = Distillation(teacher, network, config.temperature, next(training.in_order(2))[0])
+        example, _ = next(training.in_order(2))
+        loss = Distillation(teacher, network, config.temperature, example, bf16=config.precision == "bf16")
     history = fit(network, method, config, training, validation, run=run, loss=loss, progress=progress)
     before = _measure(network, validation, test)
     trained = {name: value.clone() for name, value in network.state_dict().items()}
@@ -319,7 +320,7 @@ def _batches(
     }  # fmt: skip
     images, labels = data.train_images, data.train_labels
     return (
-        Batches(images[chosen], labels[chosen], augment=config.augment, **options),
+        Batches(images[chosen], labels[chosen], augment=config.augment, cutmix=config.cutmix, **options),
         Batches(images[held], labels[held], **options) if len(held) else None,
         Batches(data.test_images, data.test_labels, **options),
     )

@@ -62,6 +62,8 @@ class Batches:
         std: likewise.
         augment: ``"none"``; ``"shift"``: by up to 1 pixel either way (2 from 16 pixels on), filled with 0;
             ``"flip"``: horizontal flip; ``"flip-crop"``: also a crop after padding by 4 zeros. For :meth:`shuffled`.
+        cutmix: share of the images into which :meth:`shuffled` pastes a patch of another one; their labels are then
+            no longer right.
         seed: of order and augmentation.
         device: where the images live.
         workers: processes that read pictures from their files; 0 reads them here.
@@ -78,6 +80,7 @@ class Batches:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         augment: str = "none",
+        cutmix: float = 0.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
         workers: int = 0,
@@ -91,7 +94,7 @@ class Batches:
         self.labels = torch.from_numpy(labels.astype(np.int64)).to(device)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
-        self.seed = seed
+        self.seed, self.cutmix = seed, cutmix
         self.flip = augment in ("flip", "flip-crop")
         self.margin = {"none": 0, "shift": 2 if min(images.shape[2:]) >= 16 else 1, "flip": 0, "flip-crop": 4}[augment]
 
@@ -125,6 +128,7 @@ class Batches:
         order = torch.randperm(n, generator=draws).to(device)
         offsets = torch.randint(0, 2 * self.margin + 1, (2, n), generator=draws).to(device)
         flips = (torch.rand(n, generator=draws) < 0.5).to(device)
+        boxes = torch.rand(4, n, generator=draws).to(device)
         bounds = [(step * batch_size, min((step + 1) * batch_size, n)) for step in range(start, steps)]
         parts = [ranks.share(*pair) for pair in bounds]
         for part, images in zip(parts, self._pixels([order[part] for part in parts]), strict=True):
@@ -132,6 +136,9 @@ class Batches:
                 images = _crop(images, self.margin, *offsets[:, part])
             if self.flip:
                 images = torch.where(flips[part].view(-1, 1, 1, 1), images.flip(3), images)
+            if self.cutmix:
+                chosen, *box = boxes[:, part]
+                images = torch.where((chosen < self.cutmix).view(-1, 1, 1, 1), _pasted(images, *box), images)
             yield self._normalise(images), self.labels[order[part]]
 
     def _pixels(self, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -181,6 +188,26 @@ def _stacked(found: list[np.ndarray | DataError]) -> torch.Tensor | DataError:
     """Return pictures as one tensor, or the first error among them."""
     error = next((item for item in found if isinstance(item, DataError)), None)
     return torch.from_numpy(np.stack(found)) if error is None else error
+
+
+def _pasted(images: torch.Tensor, area: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Paste a box of the image before into each image of a batch, at the same place.
+
+    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers", 2019.
+
+    Args:
+        images: (N, C, H, W).
+        area: part of the image that the box takes, (N,), as are the others.
+        top, left: where the box lies, from 0 (at the upper or left edge) to 1.
+    """
+    side = area.sqrt()
+    inside = []
+    for size, place in zip(images.shape[2:], (top, left), strict=True):
+        start = place * (1 - side)
+        centre = ((torch.arange(size, device=images.device) + 0.5) / size).expand(len(images), size)
+        inside.append((centre > start[:, None]) & (centre < (start + side)[:, None]))
+    box = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return torch.where(box, images.roll(1, 0), images)
 
 
 def _crop(images: torch.Tensor, margin: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

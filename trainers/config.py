@@ -57,6 +57,9 @@ ADAM_RATE = 3e-3
 DISTILLING_RATE = 6e-3
 """The same for learning from a teacher, whose answers are a steadier aim than labels."""
 
+CUTMIX = 0.7
+"""Part of the images that distillation shows with a patch of another one."""
+
 SHOWN = 100_000
 """Images, repetitions counted, that distillation shows when the number of epochs is not given."""
 
@@ -129,6 +132,8 @@ class TrainConfig(BaseModel):
         coupled: methods that prune filters: those that meet others in a sum, as in a ResNet, go together with them.
         residual: nnrelief: channels of residual blocks that add next to nothing to the shortcut go; on for ResNets.
         augment: ``none``, ``shift`` (1 or 2 pixels), ``flip``, ``flip-crop``; ``None`` is the data set's own.
+        cutmix: part of the images into which a patch of another one is pasted; 0.7 with ``teacher``, who alone knows
+            what they show then.
         validation: fraction of the training set that is held out, for every choice; 0 holds out none. 0.1, but 0 with
             ``teacher``.
         width: width multiplier of the network.
@@ -202,6 +207,7 @@ class TrainConfig(BaseModel):
     coupled: bool | None = None
     residual: bool | None = None
     augment: Literal["none", "shift", "flip", "flip-crop"] | None = None
+    cutmix: Annotated[float, Field(ge=0, le=1)] | None = None
     validation: Annotated[float, Field(ge=0, le=0.5)] | None = None
     width: Positive = 1.0
     data_dir: Path | None = None
@@ -236,6 +242,8 @@ class TrainConfig(BaseModel):
             raise ValueError("init is for listed networks and factories: an ONNX file has its weights")
         if self.temperature is not None and self.teacher is None:
             raise ValueError("temperature softens the answers of a teacher: it goes with --teacher")
+        if self.cutmix and self.teacher is None:
+            raise ValueError("cutmix makes images that no label fits: it goes with --teacher")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must increase")
         if (self.mean is None) != (self.std is None):
@@ -393,6 +401,7 @@ def resolve(
         "validation": usual_validation(config),
         "temperature": TEMPERATURE if config.teacher else None,
         "augment": augment,
+        "cutmix": CUTMIX if config.teacher else 0.0,
         "mean": tuple(map(float, mean)),
         "std": tuple(map(float, std)),
     }

@@ -20,6 +20,7 @@ from prune_onnx.graph_ops.errors import ConfigError
 from prune_onnx.trainers.config import (
     ADAM_L2_RATE,
     ADAM_RATE,
+    CUTMIX,
     DISTILLING_RATE,
     INCIDENTAL,
     METHOD_OPTIONS,
@@ -74,6 +75,8 @@ def test_reading_the_options_does_not_import_torch() -> None:
         {"budget_of": "dense.onnx", "model": "a.onnx"},
         {"stretch": 0},
         {"temperature": 2.0},
+        {"cutmix": 0.5},
+        {"cutmix": 1.5, "teacher": "b.onnx"},
         {"train_size": 1},
     ],
     ids=str,
@@ -153,6 +156,8 @@ def test_a_teacher_needs_no_validation_images_and_shows_a_fixed_number() -> None
     assert few.epochs * 1000 == SHOWN
     assert many.epochs == 20
     assert few.temperature is not None
+    assert few.cutmix == CUTMIX
+    assert of_file(1000).cutmix == 0
     assert few.lr == DISTILLING_RATE
     assert few.warmup_epochs == WARMUP * few.epochs
 
@@ -161,7 +166,7 @@ def test_what_is_given_is_taken_as_it_is() -> None:
     given = {
         "method": "proximal-ns", "lambda": 1e-9, "penalty": 3.0, "every": "epoch", "init_gamma": 0.7, "lr": 0.3,
         "epochs": 2, "augment": "none", "mean": (0.0,), "std": (1.0,), "optimizer": "adam", "schedule": "constant",
-        "validation": 0.2, "warmup_epochs": 0.5,
+        "validation": 0.2, "warmup_epochs": 0.5, "cutmix": 0.0,
     }  # fmt: skip
     assert resolved(**given) == config(**given)
 

@@ -71,10 +71,11 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone() -> None:
     assert not same(epoch(0, 3, 1), epoch(0, 4, 1))
 
 
+@pytest.mark.parametrize("cutmix", [0.0, 0.5])
 @pytest.mark.parametrize("augment", ["none", "shift", "flip-crop"])
-def test_epoch_can_be_entered_at_any_step(augment: str) -> None:
+def test_epoch_can_be_entered_at_any_step(augment: str, cutmix: float) -> None:
     images, labels = numbered(30)
-    batches = Batches(images, labels, mean=MEAN, std=STD, augment=augment)
+    batches = Batches(images, labels, mean=MEAN, std=STD, augment=augment, cutmix=cutmix)
     whole = list(batches.shuffled(2, 8, 4))
     for start in range(5):
         rest = list(batches.shuffled(2, 8, 4, start=start))
@@ -116,6 +117,24 @@ def test_without_augmentation_images_come_as_they_are() -> None:
     images, batches = raw(20)
     for inputs, labels in batches.shuffled(0, 5, 4):
         assert np.array_equal(pixels(inputs), images[labels.numpy()])
+
+
+def test_a_patch_is_a_box_of_the_image_before_at_the_same_place() -> None:
+    images, batches = raw(400, 16, cutmix=0.5)
+    areas = []
+    for inputs, labels in batches.shuffled(0, 100, 4):
+        own = images[labels.numpy()]
+        for image, mine, other in zip(pixels(inputs), own, np.roll(own, 1, 0), strict=True):
+            pasted = (image != mine).any(0)
+            areas.append(pasted.mean())
+            if areas[-1]:
+                rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
+                box = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+                assert np.array_equal(image[box], other[box])
+                image[box] = mine[box]
+            assert np.array_equal(image, mine)
+    assert np.mean(np.array(areas) > 0) == pytest.approx(0.5, abs=0.08)
+    assert np.mean([area for area in areas if area]) == pytest.approx(0.5, abs=0.08)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(0, 0.5), st.integers(0, 3))
