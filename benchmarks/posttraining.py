@@ -207,8 +207,8 @@ def page(rows: list[Row], origin: str) -> str:
         "",
         f"{images} unlabelled training images, no labels; no gradient step but in `train --teacher`, which learns the",
         "answers of the dense network to the same images. Top-1 in percent; *bar*: the figure to go for. Seconds are",
-        "those of one core, which other runs shared. Latency: CPU provider, batch of one, measured in turns with the "
-        "original. "
+        "those of one core, which other runs shared, unless threads are named. Latency: CPU provider, batch of one, "
+        "measured in turns with the original. "
         f"The MACs are within {_furthest(rows):.1%} of those asked for.",
         "",
         "![top-1 over MACs](posttraining-macs.png)",
