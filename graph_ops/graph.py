@@ -115,7 +115,7 @@ class Graph:
                     self.readers.setdefault(name, []).append((node, i))
             for name in node.captured:
                 self.captured.setdefault(name, []).append(node)
-        self.dynamic = self._data_dependent()
+        self.dynamic = self._dependent(sizes=False)
         self.spread: set[str] = set()
 
     def add_spread(self, names: set[str]) -> None:
@@ -123,16 +123,21 @@ class Graph:
         self.spread |= names
         self.dynamic |= names
 
-    def _data_dependent(self) -> set[str]:
-        """Names of tensors whose values depend on the graph's inputs (their sizes alone do not count)."""
-        dynamic = {i.name for i in self.inputs}
+    @functools.cached_property
+    def following(self) -> set[str]:
+        """Names of tensors that follow from the graph's inputs or from their sizes alone."""
+        return self._dependent(sizes=True)
+
+    def _dependent(self, *, sizes: bool) -> set[str]:
+        """Names of tensors whose values depend on the graph's inputs; on their ``sizes`` too, if these count."""
+        found = {i.name for i in self.inputs}
         for node in self.nodes:
-            if node.op_type in SHAPE_OPS and not node.domain:
+            if node.op_type in SHAPE_OPS and not node.domain and not sizes:
                 continue
             reads = [*node.inputs, *node.captured]
-            if node.op_type in RANDOM_OPS or any(name in dynamic for name in reads):
-                dynamic.update(name for name in node.outputs if name)
-        return dynamic
+            if node.op_type in RANDOM_OPS or any(name in found for name in reads):
+                found.update(name for name in node.outputs if name)
+        return found
 
     def is_static(self, name: str) -> bool:
         """Whether the tensor's value is the same for all input data (it may still follow a dynamic size)."""

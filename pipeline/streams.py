@@ -47,7 +47,6 @@ class Stream:
         self.weights = weights if weights is not None else {}
         self.position = position
         self._last_use = {name: max(node.index for node, _ in readers) for name, readers in graph.readers.items()}
-        self._followers = followers(graph)
 
     def fork(self, weights: dict[str, np.ndarray], chunks: int | None = None) -> Stream:
         """A second stream from here on, with other weights, over the first ``chunks`` chunks."""
@@ -102,7 +101,7 @@ class Stream:
         return [
             n
             for n in self.graph.nodes[start:until]
-            if any(out in self._followers and not self._known(out) for out in n.outputs)
+            if any(out in self.graph.following and not self._known(out) for out in n.outputs)
         ]
 
     def _known(self, name: str) -> bool:
@@ -134,7 +133,6 @@ class Stream:
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetch)
         return model
 
-
     def _with_constants(self, nodes: list[Node]) -> list[Node]:
         """The nodes, behind those that make the constants which they read and nobody has looked at."""
         found = {n.index: n for n in nodes}
@@ -143,20 +141,11 @@ class Stream:
             node = open_nodes.pop()
             for name in (*node.inputs, *node.captured):
                 maker = self.graph.producer.get(name)
-                if maker is None or maker.index in found or name in self._followers or self._known(name):
+                if maker is None or maker.index in found or name in self.graph.following or self._known(name):
                     continue
                 found[maker.index] = maker
                 open_nodes.append(maker)
         return [found[index] for index in sorted(found)]
-
-
-def followers(graph: Graph) -> set[str]:
-    """Return the names of all tensors that follow from the inputs' values or sizes, the inputs among them."""
-    found = {value.name for value in graph.inputs}
-    for node in graph.nodes:
-        if any(name in found for name in (*node.inputs, *node.captured)):
-            found.update(out for out in node.outputs if out)
-    return found
 
 
 def alive(graph: Graph, probe: Probe) -> list[int]:

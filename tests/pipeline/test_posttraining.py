@@ -106,6 +106,20 @@ def test_what_follows_from_the_batch_size_is_computed_when_it_is_read(tmp_path):
     assert result.verification.max_rel_diff < 1e-5
 
 
+def test_a_random_tensor_is_drawn_once_for_all_that_read_it():
+    net = Net()
+    x = net.input(2, 3, 8, 8)
+    noise = net.op("RandomNormal", shape=[2, 3, 8, 8])
+    y = net.op("Add", net.relu(net.op("Add", x, noise)), noise)
+    graph = Graph(net.model(y))
+    chunks = [{"x": np.full((2, 3, 8, 8), 100, np.float32)}]  # Relu passes all of it on
+    stream = Stream(graph, probe(graph)[0], chunks)
+    for node in graph.nodes:
+        stream.advance(node.index + 1, [noise])
+    found = stream.chunks[0]
+    np.testing.assert_allclose(found[graph.outputs[0]], 100 + 2 * found[noise], atol=1e-4)
+
+
 def test_forked_stream_goes_on_with_other_weights(setting):
     graph, analysis, chunks = setting
     stream = Stream(graph, analysis.probe, chunks)
